@@ -1,0 +1,128 @@
+"""Architecture as data: where a transformer keeps its blocks, its neurons and its head.
+
+Everything that differs between model families is in the table `SPECS`. To support another family, add a row; the
+row is checked against the model when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Site(NamedTuple):
+    """A place inside a block: the input or the output of the module at a dotted path ("" is the block itself)."""
+
+    path: str
+    side: str  # "input" or "output"
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """One model family.
+
+    `sites` names the places that can be read and changed inside a block: `neuron` (the coefficients of the value
+    vectors), `authors` (where the published code of Niu et al. reads them), `mlp`, `attention` (what each adds to the
+    residual stream) and `residual` (what enters the block).
+    """
+
+    family: str
+    blocks: str
+    sites: Mapping[str, Site]
+    norm: str | None
+    head: str
+    masked: bool = False
+    cache: str = "past_key_values"
+
+
+def _sites(projection: str, authors: Site, mlp: str, attention: str) -> dict[str, Site]:
+    return {
+        "neuron": Site(projection, "input"),
+        "authors": authors,
+        "mlp": Site(mlp, "output"),
+        "attention": Site(attention, "output"),
+        "residual": Site("", "input"),
+    }
+
+
+_LLAMA_SITES = _sites("mlp.down_proj", Site("mlp.gate_proj", "output"), "mlp", "self_attn.o_proj")
+# In BERT the projection is followed by dropout and a normalisation that also sees the residual stream, so what the
+# MLP adds is the output of the projection itself.
+_BERT_SITES = _sites("output.dense", Site("intermediate", "output"), "output.dense", "attention.output.dense")
+
+SPECS: dict[str, ArchSpec] = {
+    spec.family: spec
+    for spec in (
+        ArchSpec("bert", "bert.encoder.layer", _BERT_SITES, None, "cls", masked=True),
+        ArchSpec("roberta", "roberta.encoder.layer", _BERT_SITES, None, "lm_head", masked=True),
+        ArchSpec(
+            "gpt2",
+            "transformer.h",
+            _sites("mlp.c_proj", Site("mlp.c_fc", "output"), "mlp", "attn.c_proj"),
+            "transformer.ln_f",
+            "lm_head",
+        ),
+        ArchSpec(
+            "gpt_neox",
+            "gpt_neox.layers",
+            _sites("mlp.dense_4h_to_h", Site("mlp.dense_h_to_4h", "output"), "mlp", "attention.dense"),
+            "gpt_neox.final_layer_norm",
+            "lm_head",
+            cache="layer_past",
+        ),
+        ArchSpec("llama", "model.layers", _LLAMA_SITES, "model.norm", "lm_head"),
+        ArchSpec("qwen2", "model.layers", _LLAMA_SITES, "model.norm", "lm_head"),
+        ArchSpec("mistral", "model.layers", _LLAMA_SITES, "model.norm", "lm_head"),
+    )
+}
+
+
+def spec_for(model_type: str) -> ArchSpec:
+    """The row of `SPECS` for a Hugging Face `model_type`; ValueError names the families that work."""
+    if model_type not in SPECS:
+        raise ValueError(
+            f"model family {model_type!r} is not supported; supported: {', '.join(SPECS)}. "
+            "A family is one row of kncore.arch.SPECS."
+        )
+    return SPECS[model_type]
+
+
+def module_at(root: nn.Module, path: str, what: str) -> nn.Module:
+    """`root.path`; the ValueError says which step of the path does not exist and what is there instead."""
+    module = root
+    for step in path.split(".") if path else ():
+        if not hasattr(module, step):
+            there = ", ".join(name for name, _ in module.named_children()) or "nothing"
+            raise ValueError(
+                f"looked for the {what} at {path!r} in {type(root).__name__}, but {type(module).__name__} has no "
+                f"{step!r} (it has {there}). Load the model with its language-model head, or correct kncore.arch.SPECS."
+            )
+        module = getattr(module, step)
+    return module
+
+
+def check(model: nn.Module, spec: ArchSpec) -> None:
+    """Raise ValueError unless every module that `spec` names exists, in every block, and has the right width."""
+    blocks = module_at(model, spec.blocks, "blocks")
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        raise ValueError(f"looked for a list of blocks at {spec.blocks!r}, found {type(blocks).__name__}")
+    if spec.norm is not None:
+        module_at(model, spec.norm, "final norm")
+    module_at(model, spec.head, "language-model head")
+    for block in blocks:
+        for name, site in spec.sites.items():
+            module_at(block, site.path, f"{name} site")
+    hidden = model.config.hidden_size
+    values = value_vectors(model, spec, 0)
+    if values.shape[1] != hidden:
+        raise ValueError(f"value vectors have width {values.shape[1]}, the residual stream {hidden}: wrong projection")
+
+
+def value_vectors(model: nn.Module, spec: ArchSpec, block: int):
+    """Value vectors of one block, `[neuron, hidden]`: row i is what a unit of neuron i adds to the residual stream."""
+    projection = module_at(module_at(model, spec.blocks, "blocks")[block], spec.sites["neuron"].path, "neuron site")
+    weight = projection.weight
+    return weight.T if isinstance(projection, nn.Linear) else weight  # GPT-2's Conv1D is stored transposed

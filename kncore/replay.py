@@ -1,0 +1,285 @@
+"""The engine: capture a model's states once, then replay only what a change can reach.
+
+Every method here asks what comes out if a few states change at block l. Nothing below block l changes, so it is never
+run again. In a causal model nothing before the changed position changes either, so a row is the part of the sequence
+from `start` on, attending to the captured keys and values of what comes before. Rows that entered at different blocks
+travel up together as one batch, through the model's own blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kncore import arch
+from kncore.models import LM
+from kncore.tokens import Encoded, pad
+
+
+@dataclass(frozen=True)
+class Capture:
+    """States of one forward pass over a padded batch of prompts.
+
+    `inputs[l]` is what enters block l at the positions that rows carry; `sites[name][l]` the state of a site at the
+    target position; `keys`, `values` those of the tokens before `start`; `mask` the additive attention mask of a row
+    over (prefix, row), one per sliding window; `rotary` the rotary embeddings at the row's positions.
+    """
+
+    lm: LM
+    inputs: list[Float[Tensor, "query row hidden"]]
+    sites: dict[str, list[Float[Tensor, "query width"]]]
+    logits: Float[Tensor, "query vocab"]
+    target: Int[Tensor, " query"]
+    keys: list[Float[Tensor, "query head prefix width"]]
+    values: list[Float[Tensor, "query head prefix width"]]
+    mask: dict[int | None, Float[Tensor, "query 1 row key"] | None]
+    rotary: tuple[Float[Tensor, "query row width"], Float[Tensor, "query row width"]] | None
+
+    @property
+    def row_cost(self) -> int:
+        """Weight of one row against the row budget: its positions, and a sixteenth of the prefix it attends to."""
+        prefix = self.keys[0].shape[2] if self.keys else 0
+        return self.inputs[0].shape[1] + prefix // 16
+
+
+@dataclass(frozen=True)
+class Change:
+    """Rows that leave the captured run at one site of one block.
+
+    Row r continues prompt `prompts[r]`; at its target position the site's state becomes `values[r]`.
+    """
+
+    block: int
+    prompts: Int[Tensor, " row"]
+    values: Float[Tensor, "row width"]
+    site: str = "neuron"
+
+
+def capture(
+    lm: LM, batch: Sequence[Encoded], sites: Iterable[str] = ("neuron",), start: Sequence[int] | None = None
+) -> Capture:
+    """Run the model once over a batch of encoded prompts and keep what replay needs.
+
+    `start` is the first position that a row carries, per prompt (default: the target position for causal models; a
+    masked model attends both ways, so its rows always carry the whole sequence).
+    """
+    from transformers import DynamicCache
+
+    sites = {name: _site(lm, name) for name in sites}
+    ids, lengths = pad(lm, batch)
+    target = torch.tensor([e.position for e in batch], device=lm.device)
+    if lm.spec.masked:
+        first = torch.zeros_like(target)
+    else:
+        first = target if start is None else torch.tensor(list(start), device=lm.device)
+        if bool((first > target).any()):
+            raise ValueError("a row must start at or before the position that predicts the target")
+    width = int((lengths - first).max())
+    here = (first[:, None] + torch.arange(width, device=lm.device)).clamp_max(ids.shape[1] - 1)
+    rows = torch.arange(len(batch), device=lm.device)
+
+    inputs: list[Tensor] = []
+    rotary: list = []
+    kept: dict[str, list[Tensor]] = {name: [] for name in sites}
+
+    def keep_input(block, args, kwargs):
+        x = args[0] if args else kwargs["hidden_states"]
+        inputs.append(x[rows[:, None], here])
+        rotary.append(kwargs.get("position_embeddings"))
+
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for block in lm.blocks:
+            hooks.enter_context(_removed(block.register_forward_pre_hook(keep_input, with_kwargs=True)))
+            for name, site in sites.items():
+                hooks.enter_context(_reading(block, site, lambda x, n=name: kept[n].append(x[rows, target])))
+        past = None if lm.spec.masked else DynamicCache()
+        real = (torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]).long()
+        options = {} if past is None else {"past_key_values": past, "use_cache": True}
+        states = lm.model.base_model(input_ids=ids, attention_mask=real, **options).last_hidden_state
+        logits = lm.readout(states[rows, target], normed=True).float()
+
+    prefix = 0 if lm.spec.masked else int(first.max())
+    layers = [] if past is None else past.layers
+    windows = {_window(block) for block in lm.blocks}
+    return Capture(
+        lm,
+        inputs,
+        kept,
+        logits,
+        target - first,
+        [layer.keys[:, :, :prefix] for layer in layers],
+        [layer.values[:, :, :prefix] for layer in layers],
+        {w: _mask(lm, first, lengths, prefix, width, w) for w in windows},
+        None if rotary[0] is None else tuple(_at(r, here) for r in rotary[0]),
+    )
+
+
+def replay(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row vocab"]:
+    """Logits at the target position after each change; rows in the order of `changes`, which must rise in block.
+
+    Differentiable with respect to the changes' values. Equal to a full forward pass with a hook that makes the same
+    change, to the precision of the dtype. Raises ValueError for changes out of order or of the wrong width.
+    """
+    lm = captured.lm
+    _check(captured, changes)
+    todo = list(changes)
+    rows, prompts = None, None
+    for l in range(todo[0].block, len(lm.blocks)):
+        block = lm.blocks[l]
+        with contextlib.ExitStack() as hooks:
+            while todo and todo[0].block == l:
+                change = todo.pop(0)
+                new = captured.inputs[l][change.prompts]
+                offset = 0 if rows is None else len(rows)
+                rows = new if rows is None else torch.cat([rows, new])
+                prompts = change.prompts if prompts is None else torch.cat([prompts, change.prompts])
+                position = captured.target[change.prompts]
+                hooks.enter_context(_writing(block, _site(lm, change.site), offset, position, change.values))
+            rows = _run(captured, l, block, rows, prompts)
+    target = captured.target[prompts]
+    return lm.readout(rows[torch.arange(len(rows), device=rows.device), target]).float()
+
+
+def passes(captured: Capture, changes: Sequence[Change], budget: int) -> Iterator[list[Change]]:
+    """Split changes into lists whose rows fit a budget (in positions held at once), keeping the order by block."""
+    room = max(1, budget // captured.row_cost)
+    batch, free = [], room
+    for change in changes:
+        done = 0
+        while done < len(change.prompts):
+            take = min(free, len(change.prompts) - done)
+            part = slice(done, done + take)
+            batch.append(Change(change.block, change.prompts[part], change.values[part], change.site))
+            done, free = done + take, free - take
+            if free == 0:
+                yield batch
+                batch, free = [], room
+    if batch:
+        yield batch
+
+
+class _Prefix:
+    """Read-only cache with the interface that Hugging Face attention calls: captured keys and values, row by row."""
+
+    def __init__(self, captured: Capture, prompts: Tensor):
+        self.captured, self.prompts = captured, prompts
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        before = (x[layer_idx][self.prompts] for x in (self.captured.keys, self.captured.values))
+        return tuple(torch.cat([old, new], 2) for old, new in zip(before, (key, value), strict=True))
+
+    def get_seq_length(self, *args):
+        return self.captured.keys[0].shape[2]
+
+
+def _run(captured: Capture, l: int, block: nn.Module, rows: Tensor, prompts: Tensor) -> Tensor:
+    mask = captured.mask[_window(block)]
+    kwargs = {"attention_mask": None if mask is None else mask[prompts]}
+    if captured.keys:
+        kwargs[captured.lm.spec.cache] = _Prefix(captured, prompts)
+    if captured.rotary is not None:
+        kwargs["position_embeddings"] = tuple(r[prompts] for r in captured.rotary)
+    out = block(rows, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _mask(lm: LM, first, lengths, prefix: int, width: int, window: int | None) -> Tensor | None:
+    """Additive mask `[query, 1, row, prefix + row]`; None where every key is visible to every row."""
+    key = torch.cat([torch.arange(prefix, device=lm.device).expand(len(first), -1),
+                     first[:, None] + torch.arange(width, device=lm.device)], 1)  # fmt: skip
+    own = torch.arange(prefix + width, device=lm.device) >= prefix
+    visible = torch.where(own, key < lengths[:, None], key < first[:, None])[:, None]
+    if not lm.spec.masked:
+        query = (first[:, None] + torch.arange(width, device=lm.device))[:, :, None]
+        visible = visible & (key[:, None] <= query)
+        if window is not None:
+            visible = visible & (key[:, None] > query - window)
+        # A row padded on the right must see something, or its softmax is not a number and spoils the gradients.
+        visible = visible | (key[:, None] == query) & own
+    else:
+        visible = visible.expand(-1, width, -1)
+    if bool(visible.all()):
+        return None
+    return torch.zeros(visible.shape, dtype=lm.dtype, device=lm.device).masked_fill_(
+        ~visible, torch.finfo(lm.dtype).min
+    )[:, None]
+
+
+def _window(block: nn.Module) -> int | None:
+    attention = getattr(block, "self_attn", None)
+    layer = getattr(attention, "sliding_window", None)
+    if layer is None and attention is not None and getattr(attention.config, "model_type", "") == "mistral":
+        layer = attention.config.sliding_window
+    return layer
+
+
+def _at(x: Tensor, here: Tensor) -> Tensor:
+    """Rotary embeddings `[1 or query, token, width]` at the positions `here` `[query, row]`."""
+    x = x.expand(len(here), -1, -1)
+    return x[torch.arange(len(here), device=x.device)[:, None], here]
+
+
+def _site(lm: LM, name: str) -> arch.Site:
+    if name not in lm.spec.sites:
+        raise ValueError(f"unknown site {name!r}; {lm.spec.family} has {', '.join(lm.spec.sites)}")
+    return lm.spec.sites[name]
+
+
+def _check(captured: Capture, changes: Sequence[Change]) -> None:
+    if not changes:
+        raise ValueError("nothing to replay: no changes given")
+    blocks = [change.block for change in changes]
+    if blocks != sorted(blocks) or blocks[0] < 0 or blocks[-1] >= len(captured.inputs):
+        raise ValueError(f"changes must rise in block within 0..{len(captured.inputs) - 1}, got {blocks}")
+    for change in changes:
+        if len(change.prompts) != len(change.values):
+            raise ValueError(f"block {change.block}: {len(change.prompts)} rows but {len(change.values)} values")
+        known = captured.sites.get(change.site)
+        if known and change.values.shape[1] != known[0].shape[1]:
+            raise ValueError(f"site {change.site!r} has width {known[0].shape[1]}, got {change.values.shape[1]}")
+
+
+@contextlib.contextmanager
+def _removed(handle):
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _reading(block: nn.Module, site: arch.Site, read):
+    def pre(module, args):
+        read(args[0])
+
+    def post(module, args, out):
+        read(out[0] if isinstance(out, tuple) else out)
+
+    module = arch.module_at(block, site.path, "site")
+    return _removed(
+        module.register_forward_pre_hook(pre) if site.side == "input" else module.register_forward_hook(post)
+    )
+
+
+def _writing(block: nn.Module, site: arch.Site, offset: int, position: Tensor, values: Tensor):
+    """Hook that sets rows `offset:offset+len(values)` of a site at `position` to `values`, out of place."""
+
+    def write(x):
+        changed = x[offset : offset + len(values)]
+        changed = changed.index_put((torch.arange(len(values), device=x.device), position), values.to(x.dtype))
+        return torch.cat([x[:offset], changed, x[offset + len(values) :]])
+
+    def pre(module, args):
+        return (write(args[0]), *args[1:])
+
+    def post(module, args, out):
+        return (write(out[0]), *out[1:]) if isinstance(out, tuple) else write(out)
+
+    module = arch.module_at(block, site.path, "site")
+    return _removed(
+        module.register_forward_pre_hook(pre) if site.side == "input" else module.register_forward_hook(post)
+    )

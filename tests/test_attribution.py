@@ -1,0 +1,203 @@
+"""Attribution against the equation written naively, a peer library, completeness and a net computed by hand."""
+
+import naive
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kncore import attribute, cache, tokens
+from kncore.attribution import rule
+from kncore.tasks import Query
+
+QUERIES = {
+    False: [
+        Query("the capital of France is", "Paris"),
+        Query("Anna saw these", "books", foil="book"),
+        Query("the capital of the cats is in", "Spain"),
+    ],
+    True: [
+        Query("the capital of France is", "Paris"),
+        Query("Anna saw [MASK] books .", "these"),
+        Query("[MASK] is the capital of Spain", "Madrid"),
+    ],
+}
+
+
+def close(got, want):
+    """Within 1e-4 of the largest score of the query."""
+    return float((got - want).abs().max() / want.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("site", ["neuron", "authors"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_scores_equal_the_naive_equation(family, site):
+    lm = tiny.lm(family)
+    queries = QUERIES[lm.spec.masked]
+    batched = attribute(lm, queries, site=site, quadrature="riemann", steps=20, store=False)
+    for i, query in enumerate(queries):
+        want = naive.attribution(lm, tokens.encode(lm, query), *rule("riemann", 20), site)
+        single = attribute(lm, [query], site=site, quadrature="riemann", steps=20, store=False)
+        assert want.abs().max() > 1e-4
+        assert close(batched.scores[i], want)
+        assert close(single.scores[0], want)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_default_quadrature_converges_on_every_block(family):
+    lm = tiny.lm(family)
+    queries = QUERIES[lm.spec.masked]
+    result = attribute(lm, queries, store=False)
+    for i, query in enumerate(queries):
+        want = naive.attribution(lm, tokens.encode(lm, query), *rule("gauss", 400))
+        error = (result.scores[i] - want).norm(dim=1) / want.norm(dim=1)
+        assert error.max() < 2e-3, error
+    assert result.nodes.min() >= 5
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(tiny.FAMILIES), st.integers(0, 5), st.floats(1e-4, 1e-2))
+def test_completeness(family, seed, tol):
+    """Σ scores = P(γ=1) − P(γ=0), with both ends from full forward passes."""
+    lm = tiny.lm(family, seed)
+    queries = QUERIES[lm.spec.masked]
+    result = attribute(lm, queries, tol=tol, store=False)
+    for i, query in enumerate(queries):
+        one = tokens.encode(lm, query)
+        for block in range(len(lm.blocks)):
+            ends = [
+                float(naive.forward(lm, one, block, "neuron", change)[0].softmax(-1)[one.target[0]])
+                for change in (torch.zeros_like, torch.clone)
+            ]
+            gap = abs(float(result.scores[i, block].sum()) - (ends[1] - ends[0]))
+            assert gap == pytest.approx(float(result.gap[i, block]), abs=2e-5)
+            # Panels may add up to a few gaps of the size allowed to each.
+            assert gap <= 8 * tol * float(result.scores[i, block].norm()) + 1e-3 * max(ends)
+
+
+def test_hand_computed_net():
+    """A block whose MLP alone reaches the logits: the path is a softmax of a line, the integral has a closed form."""
+    lm = tiny.lm("gpt2")
+    model = lm.model
+    query, last = Query("Anna saw these", "books"), model.transformer.h[-1]
+    with torch.no_grad():
+        last.attn.c_proj.weight.zero_()
+        last.attn.c_proj.bias.zero_()
+        model.transformer.ln_f = torch.nn.Identity()
+    one = tokens.encode(lm, query)
+    logits, state = naive.forward(lm, one, 2, "neuron")
+    values = last.mlp.c_proj.weight @ model.lm_head.weight.T  # logits per unit of each neuron
+    line = state @ values
+    grid = torch.linspace(0, 1, 200_001, dtype=torch.double)
+    path = (logits.double() - (1 - grid[:, None]) * line.double()).softmax(-1)
+    target = one.target[0]
+    # dP/dneuron_i = P_t (values[i, t] − Σ_v P_v values[i, v]), integrated with the trapezoid rule on a fine grid
+    slope = path[:, target, None] * (values.double()[:, target] - path @ values.double().T)
+    want = state.double() * torch.trapezoid(slope, grid, dim=0)
+    got = attribute(lm, [query], store=False).scores[0, 2]
+    torch.testing.assert_close(got.double(), want, atol=1e-4 * float(want.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_whole_targets_add_up_over_tokens(family):
+    lm = tiny.lm(family)
+    query = Query("the capital of France is", "red cats")
+    first, whole = (attribute(lm, [query], target=t, store=False) for t in ("first", "all"))
+    encoded = tokens.encode(lm, query)
+    assert len(encoded.target) == 2
+    want = sum(naive.attribution(lm, e, *rule("gauss", 200), log=True) for e in tokens.steps(lm, encoded))
+    assert float((whole.scores[0] - want).norm() / want.norm()) < 1e-3
+    torch.testing.assert_close(first.probability, whole.probability)
+
+
+def test_fixed_nodes_of_ones_own():
+    lm = tiny.lm("llama")
+    nodes, weights = np.array([0.1, 0.5, 0.9]), np.array([0.3, 0.3, 0.4])
+    got = attribute(lm, QUERIES[False][:1], quadrature=(nodes, weights), store=False)
+    want = naive.attribution(lm, tokens.encode(lm, QUERIES[False][0]), nodes, weights)
+    assert close(got.scores[0], want)
+    assert (got.nodes == 3).all()
+
+
+def test_the_budget_changes_nothing():
+    lm = tiny.lm("llama")
+    results = [attribute(lm, QUERIES[False], budget=b, store=False).scores for b in (1, 7, 1000)]
+    assert close(results[0], results[2]) and close(results[1], results[2])
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+def test_half_precision_is_near_float32(dtype, limit):
+    exact = attribute(tiny.lm("llama"), QUERIES[False], quadrature="gauss", steps=32, store=False).scores
+    half = attribute(tiny.lm("llama", dtype=dtype), QUERIES[False], quadrature="gauss", steps=32, store=False).scores
+    assert half.dtype == torch.float32
+    assert float((half - exact).norm() / exact.norm()) < limit
+
+
+def test_rules_integrate_polynomials():
+    for name, steps, degree in [("gauss", 4, 7), ("trapezoid", 3, 1), ("left", 5, 0), ("riemann", 20, 0)]:
+        nodes, weights = rule(name, steps)
+        for k in range(degree + 1):
+            assert float((weights * nodes**k).sum()) == pytest.approx(1 / (k + 1))
+    nodes, weights = rule("riemann", 20)
+    assert nodes[-1] == 1 and (weights == 0.05).all()
+
+
+def test_scores_are_stored_and_found(monkeypatch):
+    lm = tiny.lm("llama")
+    first = attribute(lm, QUERIES[False])
+    monkeypatch.setattr("kncore.attribution.capture", None)
+    again = attribute(lm, QUERIES[False])
+    assert torch.equal(first.scores, again.scores) and torch.equal(first.rank, again.rank)
+
+
+def test_a_changed_model_is_neither_looked_up_nor_stored():
+    lm = tiny.lm("llama")
+    before = attribute(lm, QUERIES[False])
+    weight = lm.blocks[1].mlp.down_proj.weight
+    weight[0] += 1
+    assert lm.touched
+    after = attribute(lm, QUERIES[False])
+    assert not torch.equal(before.scores, after.scores)
+    stored = attribute(tiny.lm("llama"), QUERIES[False])
+    assert torch.equal(before.scores, stored.scores)
+
+
+def test_keys_depend_on_what_scores_depend_on():
+    lm, other = tiny.lm("llama"), tiny.lm("llama", seed=1)
+    one, two = (tokens.encode(lm, query) for query in QUERIES[False][:2])
+    keys = [cache.key(lm, one, {"a": 1}), cache.key(other, one, {"a": 1}), cache.key(lm, two, {"a": 1})]
+    keys += [cache.key(lm, one, {"a": 2}), cache.key(tiny.lm("llama", dtype=torch.bfloat16), one, {"a": 1})]
+    assert len(set(keys)) == len(keys)
+    assert cache.key(lm, one, {"a": 1}) == keys[0]
+
+
+def test_a_half_written_entry_is_not_read(tmp_path):
+    cache.write(tmp_path, "ab12", {"x": torch.ones(3)})
+    assert torch.equal(cache.read(tmp_path, "ab12")["x"], torch.ones(3))
+    file = next(tmp_path.rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-5])
+    assert cache.read(tmp_path, "ab12") is None
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"site": "mlp"}, "cannot attribute to site 'mlp'"),
+        ({"quadrature": "simpson"}, "unknown quadrature 'simpson'"),
+        ({"quadrature": "riemann", "steps": 0}, "needs more than 0 steps"),
+        ({"quadrature": ([0.5], [0.5, 0.5])}, "two lists of one length"),
+        ({"target": "last"}, "unknown target mode 'last'"),
+        ({"tol": 0}, "must be positive"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(tiny.lm("gpt2"), QUERIES[False], **options)
+
+
+def test_no_queries_are_refused():
+    with pytest.raises(ValueError, match="no queries"):
+        attribute(tiny.lm("gpt2"), [])

@@ -1,0 +1,120 @@
+"""Replay against the truth: a full forward pass with a hook that makes the same change."""
+
+import naive
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kncore.replay import Change, capture, passes, replay
+from kncore.tasks import Query
+from kncore.tokens import encode
+
+PROMPTS = ["the capital of", "Anna saw these red", "the capital of the cats is in", "a", "these , the cats . Anna saw"]
+
+
+def encoded(lm, prompts=PROMPTS):
+    if lm.spec.masked:
+        return [encode(lm, Query(f"{prompt} [MASK] is red", "cats")) for prompt in prompts]
+    return [encode(lm, Query(prompt, "cats")) for prompt in prompts]
+
+
+@pytest.mark.parametrize("site", ["neuron", "authors", "mlp", "attention", "residual"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_replay_equals_a_full_pass_with_a_hook(family, site):
+    lm = tiny.lm(family)
+    batch = encoded(lm)
+    captured = capture(lm, batch, sites=(site,))
+    torch.manual_seed(1)
+    changes = []
+    for block, states in enumerate(captured.sites[site]):
+        prompts = torch.randint(len(batch), (7,))
+        changes.append(Change(block, prompts, states[prompts] * torch.randn(7, 1) + torch.randn(7, 1), site))
+    got = replay(captured, changes)
+    row = 0
+    for change in changes:
+        for prompt, value in zip(change.prompts.tolist(), change.values, strict=True):
+            with torch.no_grad():
+                want, _ = naive.forward(lm, batch[prompt], change.block, site, lambda _, v=value: v)
+            torch.testing.assert_close(got[row], want, atol=2e-5, rtol=1e-4)
+            row += 1
+    assert row == len(got)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_capture_reads_what_a_full_pass_has(family):
+    lm = tiny.lm(family)
+    batch = encoded(lm)
+    together = capture(lm, batch)
+    for i, one in enumerate(batch):
+        alone = capture(lm, [one])
+        logits, _ = naive.forward(lm, one, 0, "neuron")
+        torch.testing.assert_close(together.logits[i], logits, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(alone.logits[0], logits, atol=2e-5, rtol=1e-4)
+        for block in range(len(lm.blocks)):
+            _, state = naive.forward(lm, one, block, "neuron")
+            torch.testing.assert_close(together.sites["neuron"][block][i], state, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_rows_may_start_before_the_target(family):
+    lm = tiny.lm(family)
+    batch = encoded(lm)
+    short, long = capture(lm, batch), capture(lm, batch, start=[max(0, e.position - 2) for e in batch])
+    rows = torch.arange(len(batch))
+    for block, states in enumerate(short.sites["neuron"]):
+        change = [Change(block, rows, -states)]
+        torch.testing.assert_close(replay(long, change), replay(short, change), atol=2e-5, rtol=1e-4)
+
+
+def test_rows_must_start_at_or_before_the_target():
+    lm = tiny.lm("gpt2")
+    with pytest.raises(ValueError, match="at or before"):
+        capture(lm, encoded(lm, PROMPTS[:1]), start=[5])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_passes_keep_rows_order_and_budget(budget, sizes):
+    captured = capture(LLAMA, encoded(LLAMA, PROMPTS[:2]))
+    width = captured.sites["neuron"][0].shape[1]
+    changes = [
+        Change(block, torch.zeros(size, dtype=torch.long), torch.randn(size, width)) for block, size in enumerate(sizes)
+    ]
+    parts = list(passes(captured, changes, budget))
+    room = max(1, budget // captured.row_cost)
+    assert all(0 < sum(len(change.prompts) for change in part) <= room for part in parts)
+    rows = torch.cat([change.values for part in parts for change in part])
+    assert torch.equal(rows, torch.cat([change.values for change in changes]))
+    together = replay(captured, changes)
+    torch.testing.assert_close(torch.cat([replay(captured, part) for part in parts]), together, atol=2e-5, rtol=1e-4)
+
+
+def test_the_model_is_left_as_it_was_also_after_an_error():
+    lm = tiny.lm("llama")
+    captured = capture(lm, encoded(lm))
+    assert not lm.touched
+    with pytest.raises(IndexError):
+        replay(captured, [Change(0, torch.tensor([99]), captured.sites["neuron"][0][:1])])
+    wrong = Change(1, torch.tensor([0]), torch.zeros(1, 5), "mlp")
+    with pytest.raises(RuntimeError):
+        replay(captured, [wrong])
+    assert not lm.touched
+
+
+def test_bad_changes_are_refused():
+    lm = tiny.lm("llama")
+    captured = capture(lm, encoded(lm))
+    one = torch.tensor([0])
+    with pytest.raises(ValueError, match="width 24, got 5"):
+        replay(captured, [Change(0, one, torch.zeros(1, 5))])
+    with pytest.raises(ValueError, match="rise in block"):
+        replay(captured, [Change(1, one, torch.zeros(1, 24)), Change(0, one, torch.zeros(1, 24))])
+    with pytest.raises(ValueError, match="no changes"):
+        replay(captured, [])
+    with pytest.raises(ValueError, match="unknown site 'head'"):
+        capture(lm, encoded(lm), sites=("head",))
+
+
+LLAMA = tiny.lm("llama")
