@@ -180,8 +180,8 @@ def _from_pretrained(folder, dtype: torch.dtype, **kwargs):
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{str(folder)!r} lacks the weights of {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}: they would "
-            f"be random. Use a checkpoint of {auto.__name__[9:]}, with its language-model head."
+            f"{str(folder)!r} lacks the weights of {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}: they "
+            f"would be random. Use a checkpoint of {auto.__name__[9:]}, with its language-model head."
         )
     arch.check(model, spec)
     if spec.masked and tokenizer.mask_token is None:

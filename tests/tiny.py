@@ -24,7 +24,9 @@ CONFIGS = {
     ),
     "gpt_neox": transformers.GPTNeoXConfig(**_SHAPE, max_position_embeddings=64, rotary_pct=0.5),
     "llama": transformers.LlamaConfig(**_SHAPE, **_ROTARY, head_dim=4),
-    "qwen2": transformers.Qwen2Config(**_SHAPE, **_ROTARY, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "qwen2": transformers.Qwen2Config(
+        **_SHAPE, **_ROTARY, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
     "mistral": transformers.MistralConfig(**_SHAPE, **_ROTARY, head_dim=4, sliding_window=3),
 }
 FAMILIES = sorted(CONFIGS)

@@ -1,0 +1,57 @@
+# Everything works from a fresh clone: the first target that needs it makes .venv with plain venv and pip.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+FRESH := $(CURDIR)/_build/fresh
+
+.PHONY: help install book test notebooks lint bench clean
+
+# After the install nothing needs the network, and nothing may quietly use it.
+book test lint bench: export HF_HUB_OFFLINE := 1
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv, install the locked packages, fetch and convert the default model
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, \
+	%s is %s. Name another one: make PYTHON=python3.11" % (sys.executable, sys.version.split()[0]))'
+	@echo "Installing into .venv (a few minutes, about 2 GB) ..."
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PY) -m kncore fetch
+	@touch $@
+
+book: $(STAMP)  ## run the notebooks and render the book into _build/html; leaves the tree as it was
+	$(PY) -m kncore book
+
+test: lint  ## lint, unit tests, stored notebooks against a fresh run, the book and its pages
+	$(PY) -m pytest tests --ignore tests/test_book.py
+	rm -rf $(FRESH)
+	KNCORE_SCORES=$(FRESH)/scores KNCORE_RESULTS=$(FRESH)/results \
+		$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=900
+	KNCORE_SCORES=$(FRESH)/scores $(PY) -m kncore book
+	KNCORE_BOOK=required $(PY) -m pytest tests/test_book.py
+
+notebooks: $(STAMP)  ## for maintainers: refresh the stored notebooks and records (MODEL=... for another model)
+	$(PY) -m kncore run $(if $(MODEL),--model $(MODEL))
+	$(PY) -m kncore readme
+
+lint: $(STAMP)  ## ruff, check and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(STAMP)  ## speed and error of attribution, side by side with its peers
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-bench.lock
+	$(PY) benchmarks/attribution.py
+
+clean:  ## remove what was built; .venv and the model cache stay
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis kncore.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

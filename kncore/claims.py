@@ -1,0 +1,275 @@
+"""The claims of the book: each declared once with the rule of its verdict, recorded per model, shown from the records.
+
+A rule speaks about the interval of one number, the metric, and is fixed here before the number is known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from kncore.cache import code_version
+from kncore.models import LM
+from kncore.stats import Estimate
+
+VERDICTS = ("supported", "contradicted", "inconclusive")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and its rule.
+
+    `kind` "above": supported if the whole interval lies above `threshold`, contradicted if it lies below. "within":
+    supported if the whole interval lies within ±`threshold` of zero, contradicted if it lies outside on one side.
+    Otherwise, and with fewer than `min_n` independent units, inconclusive.
+    """
+
+    id: str
+    chapter: str
+    statement: str
+    section: str
+    metric: str
+    kind: str
+    threshold: float
+    min_n: int
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        if self.kind == "above":
+            yes, no = f"above {self.threshold:g}", f"below {self.threshold:g}"
+        else:
+            yes, no = f"within ±{self.threshold:g}", f"outside ±{self.threshold:g}, on one side"
+        return (
+            f"supported if the whole 95 % interval lies {yes}, contradicted if it lies {no}, "
+            f"otherwise (or with n < {self.min_n}) inconclusive"
+        )
+
+    def verdict(self, estimate: Estimate) -> str:
+        """`supported`, `contradicted` or `inconclusive`. Raises ValueError for an estimate that is not a number."""
+        if any(map(math.isnan, estimate)):
+            raise ValueError(f"claim {self.id!r}: the estimate {tuple(estimate)} is not a number")
+        _, low, high, n = estimate
+        if n < self.min_n:
+            return "inconclusive"
+        t = self.threshold
+        yes, no = (low > t, high < t) if self.kind == "above" else (low > -t and high < t, low > t or high < -t)
+        return "supported" if yes else "contradicted" if no else "inconclusive"
+
+
+CLAIMS: dict[str, Claim] = {
+    claim.id: claim
+    for claim in (
+        Claim(
+            "fact-has-neurons",
+            "01",
+            "The paraphrases of a fact share two to five neurons.",
+            "2",
+            "share of known facts whose search ends with 2 to 5 neurons, at p ≥ 0.5",
+            "above",
+            0.5,
+            30,
+        ),
+        Claim(
+            "fact-owns-neuron",
+            "01",
+            "The leading neuron of a fact is that fact's own.",
+            "2",
+            "share of known facts whose leading neuron leads no other fact of its relation",
+            "above",
+            0.5,
+            30,
+        ),
+        Claim(
+            "grammar-has-neurons",
+            "02",
+            "Sentences that share an agreement condition share two to five neurons, as the paraphrases of a fact do.",
+            "3",
+            "share of groups of sentences whose search ends with 2 to 5 neurons, at p ≥ 0.5",
+            "above",
+            0.5,
+            30,
+        ),
+        Claim(
+            "number-separates",
+            "02",
+            "Singular and plural have neurons of their own.",
+            "3",
+            "R₁² of sentences of one number minus R₁² of sentences of mixed number, same phenomenon",
+            "above",
+            0.0,
+            30,
+        ),
+        Claim(
+            "equally-similar",
+            "03",
+            "Sentences with one agreement condition are as alike in attribution as the paraphrases of a fact.",
+            "3",
+            "R₁² of facts minus R₁² of agreement conditions",
+            "within",
+            0.1,
+            30,
+        ),
+        Claim(
+            "equally-few",
+            "03",
+            "Facts and agreement need about the same number of neurons.",
+            "3",
+            "mean size of the coarse set, facts over agreement, in doublings (log₂)",
+            "within",
+            1.0,
+            30,
+        ),
+        Claim(
+            "same-blocks",
+            "03",
+            "The neurons of facts and of agreement lie in the same blocks.",
+            "3",
+            "mean depth of the refined neurons of facts minus that of agreement, as a share of the model's depth",
+            "within",
+            0.1,
+            30,
+        ),
+        Claim(
+            "follows-the-fact",
+            "03",
+            "Attribution follows the fact rather than the template it is asked in.",
+            "5",
+            "R₁² of one fact in several templates minus R₁² of several facts in one template",
+            "above",
+            0.0,
+            30,
+        ),
+    )
+}
+
+
+def results_folder() -> Path:
+    """Where records go: `$KNCORE_RESULTS`, else `results` in the first folder upwards with a `_toc.yml`, else here."""
+    if os.environ.get("KNCORE_RESULTS"):
+        return Path(os.environ["KNCORE_RESULTS"])
+    here = Path.cwd()
+    return next((f / "results" for f in (here, *here.parents) if (f / "_toc.yml").is_file()), here / "results")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim with its estimate and verdict; a box in a notebook, a sentence in a terminal."""
+
+    claim: Claim
+    estimate: Estimate
+    model: str
+
+    def __str__(self) -> str:
+        verdict = self.claim.verdict(self.estimate)
+        return f"{verdict.capitalize()} on {self.model}: {self.claim.statement} {self.claim.metric}: {self.estimate}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        verdict = self.claim.verdict(self.estimate)
+        told = (self.model, self.claim.statement, self.claim.metric, str(self.estimate), self.claim.rule)
+        model, statement, metric, estimate, rule = map(escape, told)
+        return (
+            f'<div class="verdict {verdict}"><strong>{verdict.capitalize()} on {model}.</strong> {statement}<br>'
+            f"<em>{metric}</em>: <strong>{estimate}</strong><br><small>Rule: {rule}.</small></div>"
+        )
+
+
+def record(claim_id: str, lm: LM, estimate: Estimate, *, seed: int, source: str, **parameters) -> Verdict:
+    """Write `<results>/<model>/<claim>.json` in one step and return the verdict.
+
+    Raises KeyError for a claim that is not declared and ValueError for an estimate that is not a number.
+    """
+    claim = CLAIMS[claim_id]
+    told = {
+        "claim": claim.id,
+        "chapter": claim.chapter,
+        "statement": claim.statement,
+        "metric": claim.metric,
+        "rule": claim.rule,
+        "verdict": claim.verdict(estimate),
+        **{name: _number(value) for name, value in estimate._asdict().items()},
+        "model": lm.name,
+        "revision": lm.revision,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "source": source,
+        "seed": seed,
+        "parameters": parameters,
+        "code": code_version(),
+        "versions": {name: version(name) for name in ("kncore", "torch", "transformers", "numpy", "scipy")},
+    }
+    target = results_folder() / lm.name.replace("/", "--") / f"{claim.id}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(dir=target.parent, suffix=".part")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        json.dump(told, stream, indent=1, ensure_ascii=False)
+        stream.write("\n")
+    os.chmod(scratch, 0o644)
+    os.replace(scratch, target)
+    return Verdict(claim, estimate, lm.name)
+
+
+def _number(value: float) -> float | int | None:
+    """Six digits, which is more than an estimate has: stored records then agree between machines."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def read(results: Path) -> list[Mapping]:
+    """All records below a folder, in the order of `CLAIMS`; ValueError names a file that is not one."""
+    found = []
+    for path in sorted(results.glob("*/*.json")):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            known = CLAIMS[told["claim"]]
+            Estimate(told["value"], told["low"], told["high"], told["n"])
+            assert told["verdict"] in VERDICTS
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"{path} is not a record of a declared claim ({type(error).__name__}: {error}); make it anew with "
+                "`make notebooks`, or delete it"
+            ) from error
+        found.append((list(CLAIMS).index(known.id), told["model"], told))
+    return [told for *_, told in sorted(found, key=lambda row: row[:2])]
+
+
+def table(results: Path) -> pd.DataFrame:
+    """The claims with their verdicts, one row per claim and model; claims without a record say `not run`."""
+    records = read(Path(results))
+    rows = []
+    for claim in CLAIMS.values():
+        for told in [r for r in records if r["claim"] == claim.id] or [None]:
+            effect = "" if told is None else _effect(told)
+            rows.append(
+                {
+                    "chapter": claim.chapter,
+                    "claim": claim.statement,
+                    "model": "" if told is None else told["model"],
+                    "effect [95 % interval]": effect,
+                    "n": "" if told is None else told["n"],
+                    "verdict": "not run" if told is None else told["verdict"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _effect(told: Mapping) -> str:
+    low, high = ("?" if told[end] is None else f"{told[end]:.2f}" for end in ("low", "high"))
+    return f"{told['value']:.2f} [{low}, {high}]"
+
+
+def declare(*claim_ids: str) -> pd.DataFrame:
+    """What a chapter shows of its claims before it computes anything: statement, metric and rule."""
+    told = [(CLAIMS[i].statement, CLAIMS[i].metric, CLAIMS[i].rule) for i in claim_ids]
+    return pd.DataFrame(told, columns=["claim", "metric", "rule"], index=pd.Index(claim_ids, name="id"))

@@ -1,0 +1,145 @@
+"""The book's figures: one palette, vector graphics, one function a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
+from torch import Tensor
+
+from kncore.neurons import Neuron, top
+from kncore.stats import Estimate
+
+# Okabe and Ito's colours, told apart by colour-blind readers: facts, grammar, baselines.
+FACTS, GRAMMAR, BASELINE, ACCENT = "#0072B2", "#D55E00", "#7F7F7F", "#009E73"
+
+
+def setup() -> None:
+    """House style for the figures of a notebook: vector graphics on white, so that they hold in dark mode too."""
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    set_matplotlib_formats("svg")
+    sns.set_theme(style="ticks", font_scale=0.95)
+    plt.rcParams.update(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.figsize": (8, 3.6),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "svg.fonttype": "path",
+        }
+    )
+
+
+def attribution_map(
+    scores: Float[Tensor, "block neuron"], *, bins: int = 192, name: int = 5, unit: str = "probability"
+) -> Axes:
+    """Blocks × neurons as an image. A pixel is the score of largest size among the neighbouring neurons it covers."""
+    n_blocks, n_neurons = scores.shape
+    edges = np.linspace(0, n_neurons, min(bins, n_neurons) + 1).round().astype(int)
+    table = scores.numpy()
+    image = np.empty((n_blocks, len(edges) - 1))
+    for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        part = table[:, a:b]
+        image[:, i] = np.take_along_axis(part, np.abs(part).argmax(1)[:, None], 1)[:, 0]
+    size = float(np.abs(image).max())
+    figure, ax = plt.subplots(figsize=(8, max(2.4, 0.14 * n_blocks + 1)))
+    shown = ax.imshow(
+        image,
+        cmap="RdBu_r",
+        norm=SymLogNorm(size / 100, vmin=-size, vmax=size),
+        aspect="auto",
+        origin="lower",
+        extent=(0, n_neurons, -0.5, n_blocks - 0.5),
+        interpolation="nearest",
+    )
+    for rank, (neuron, _) in enumerate(top(scores, name), 1):
+        near_right = neuron.index > 0.9 * n_neurons
+        ax.annotate(
+            str(rank),
+            (neuron.index, neuron.block),
+            xytext=(-9 if near_right else 9, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "black", "lw": 0.6},
+        )
+    ax.set(xlabel="neuron", ylabel="block")
+    bar = figure.colorbar(shown, ax=ax, pad=0.01)
+    bar.set_label(f"score ({unit})")
+    ticks = [-size, -size / 10, 0, size / 10, size]
+    bar.set_ticks(ticks, labels=[f"{tick:.1g}" for tick in ticks])
+    bar.minorticks_off()
+    return ax
+
+
+def block_shares(curves: Mapping[str, Sequence[float]], ylabel: str, colours: Sequence[str] = ()) -> Axes:
+    """One line per group over the blocks."""
+    _, ax = plt.subplots(figsize=(8, 2.8))
+    for i, (label, curve) in enumerate(curves.items()):
+        colour = colours[i] if colours else None
+        ax.plot(range(len(curve)), curve, marker="o", ms=3.5, lw=1.5, label=label, color=colour)
+    ax.axhline(0, color="black", lw=0.6)
+    ax.set(xlabel="block", ylabel=ylabel)
+    if len(curves) > 1:
+        ax.legend(frameon=False)
+    return ax
+
+
+def intervals(rows: Mapping[str, Estimate], xlabel: str, colours: Sequence[str] = (), zero: bool = False) -> Axes:
+    """One line per estimate: the value as a dot, its 95 % interval as a bar."""
+    _, ax = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.0))
+    for i, estimate in enumerate(rows.values()):
+        colour = colours[i] if colours else FACTS
+        ax.plot([estimate.low, estimate.high], [i, i], color=colour, lw=2.2, solid_capstyle="round")
+        ax.plot(estimate.value, i, "o", color=colour, ms=6)
+    if zero:
+        ax.axvline(0, color="black", lw=0.6)
+    ax.set_yticks(range(len(rows)), labels=list(rows))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set(xlabel=xlabel)
+    ax.grid(axis="x", lw=0.4)
+    return ax
+
+
+def matrix(values: Float[Tensor, "row column"], labels: Sequence[str], unit: str) -> Axes:
+    """A symmetric matrix of similarities in [0, 1] with its values written in."""
+    size = 0.46 * len(labels) + 2.2
+    _, ax = plt.subplots(figsize=(size + 1, size))
+    sns.heatmap(
+        np.asarray(values),
+        vmin=0,
+        vmax=1,
+        cmap="cividis",
+        square=True,
+        annot=True,
+        fmt=".2f",
+        annot_kws={"size": 7},
+        xticklabels=labels,
+        yticklabels=labels,
+        cbar_kws={"label": unit, "shrink": 0.7},
+        ax=ax,
+    )
+    ax.tick_params(axis="both", length=0, labelsize=8)
+    plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+    return ax
+
+
+def depths(groups: Mapping[str, Sequence[Neuron]], n_blocks: int, colours: Sequence[str]) -> Axes:
+    """Share of each group's neurons in every block, side by side."""
+    _, ax = plt.subplots(figsize=(8, 2.8))
+    width = 0.8 / len(groups)
+    for i, (label, neurons) in enumerate(groups.items()):
+        counts = np.bincount([neuron.block for neuron in neurons], minlength=n_blocks)
+        where = np.arange(n_blocks) + (i - (len(groups) - 1) / 2) * width
+        ax.bar(where, counts / max(1, counts.sum()), width, color=colours[i], label=f"{label} ({counts.sum()})")
+    ax.set(xlabel="block", ylabel="share of refined neurons")
+    ax.legend(frameon=False)
+    return ax

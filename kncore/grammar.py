@@ -1,0 +1,219 @@
+"""Minimal pairs of agreement, from small grammars over the words of data/lexicon.toml.
+
+Every *frame* is a sentence in two conditions that differ in the word which decides the agreement (a determiner, a
+subject noun, an antecedent) and in the word that agrees with it:
+
+    determiner_noun, causal   Anna explored this  -> castle  (foil castles)
+                              Anna explored these -> castles (foil castle)
+    determiner_noun, masked   Anna explored [MASK] castle.  -> this  (foil these)
+                              Anna explored [MASK] castles. -> these (foil this)
+
+`Query.subject` is the word that decides, as it occurs, `Query.template` the prompt with {} in its place,
+`Query.item` the lemma (for gender: the antecedent) and `Query.value` the condition.
+"""
+
+import random
+import tomllib
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from math import prod
+from typing import Literal, NamedTuple
+
+from kncore.tasks import DATA, MASK, Query, unknown
+
+DEFAULT_N = 400
+DETERMINERS = (("this", "these"), ("that", "those"))
+
+
+class Side(NamedTuple):
+    """One condition of a frame: the prompt with {} in place of the word that decides, that word, and the target."""
+
+    item: str
+    value: str
+    template: str
+    subject: str
+    target: str
+
+
+@cache
+def lexicon() -> dict:
+    """The words of the grammars, as data/lexicon.toml holds them."""
+    return tomllib.loads((DATA / "lexicon.toml").read_text(encoding="utf-8"))
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun: the irregular one of the lexicon, else by the spelling rules of regular nouns.
+
+    >>> [plural(noun) for noun in ("castle", "city", "toy", "church", "child")]
+    ['castles', 'cities', 'toys', 'churches', 'children']
+    """
+    if noun in lexicon()["irregular"]:
+        return lexicon()["irregular"][noun]
+    if noun.endswith(("s", "x", "z", "ch", "sh")):
+        return noun + "es"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + "s"
+
+
+def phenomena() -> list[str]:
+    """The names of the phenomena that `minimal_pairs` knows."""
+    return list(GRAMMARS)
+
+
+def minimal_pairs(
+    phenomenon: str, n: int | None = None, seed: int = 0, form: Literal["causal", "masked"] = "causal"
+) -> list[Query]:
+    """`n` minimal pairs of a phenomenon (None: 400), half of them in each condition.
+
+    Queries 2k and 2k+1 are the two conditions of one frame. Frames are drawn from `seed` without repetition, every
+    lemma once before any comes again; a smaller `n` gives the first queries of a larger one, and both forms draw the
+    same frames. Causal: the pair differs in the word after the prompt. Masked: determiner, verb or reflexive is masked
+    inside a whole sentence.
+
+    Raises ValueError for an unknown phenomenon or form, an odd `n`, or more pairs than the grammar has.
+    """
+    if phenomenon not in GRAMMARS:
+        raise unknown("phenomenon", phenomenon, GRAMMARS)
+    if form not in ("causal", "masked"):
+        raise unknown("form", form, ("causal", "masked"))
+    slots, build = GRAMMARS[phenomenon]
+    frames = list(slots())
+    n = DEFAULT_N if n is None else n
+    available = 2 * sum(prod(map(len, lists)) for _, lists in frames)
+    if n % 2 or not 0 < n <= available:
+        raise ValueError(f"n={n} queries of {phenomenon!r} asked for; n must be even, from 2 to {available}")
+    queries = []
+    for lemma, words, tail in _draw(frames, n // 2, random.Random(f"{phenomenon} {seed}")):
+        sides = build(form, lemma, *words, tail)
+        for side, other in (sides, sides[::-1]):
+            queries.append(
+                Query(
+                    prompt=side.template.replace("{}", side.subject),
+                    target=side.target,
+                    subject=side.subject,
+                    foil=other.target,
+                    task=phenomenon,
+                    item=f"{phenomenon}:{side.item}",
+                    template=side.template,
+                    value=side.value,
+                )
+            )
+    return queries
+
+
+def _draw(frames: list, n: int, rng: random.Random) -> Iterator[tuple]:
+    """n times a lemma, one word from each of its lists, and a number in [0, 1) that picks how the masked sentence
+    ends. Lemmas take turns in an order that is shuffled anew each round."""
+    seen = [set() for _ in frames]
+    sizes = [prod(map(len, lists)) for _, lists in frames]
+    order: list[int] = []
+    for _ in range(n):
+        while not order or len(seen[order[-1]]) == sizes[order[-1]]:
+            if order:
+                order.pop()
+            else:
+                order = rng.sample(range(len(frames)), len(frames))
+        i = order.pop()
+        index = rng.randrange(sizes[i])
+        while index in seen[i]:
+            index = rng.randrange(sizes[i])
+        seen[i].add(index)
+        lemma, lists = frames[i]
+        words = []
+        for words_of_slot in lists:
+            index, at = divmod(index, len(words_of_slot))
+            words.append(words_of_slot[at])
+        yield lemma, words, rng.random()
+
+
+def _numbers(lemma: str, templates: Sequence[str], subjects: Sequence[str], targets: Sequence[str]) -> list[Side]:
+    return [Side(lemma, *side) for side in zip(("singular", "plural"), templates, subjects, targets, strict=True)]
+
+
+def _end(form: str, ends: list[str], tail: float) -> str:
+    return f" {MASK} {ends[int(tail * len(ends))]}." if form == "masked" else ""
+
+
+def _object_slots(group: str, adjective: bool) -> Iterator[tuple[str, list]]:
+    words = lexicon()
+    names = words["names"]["feminine"] + words["names"]["masculine"]
+    for kind in words[group].values():
+        for noun in kind["nouns"]:
+            yield noun, [names, kind["verbs"], DETERMINERS, *([kind["adjectives"]] if adjective else [])]
+
+
+def _determiner_noun(form: str, noun: str, name: str, verb: str, determiners: tuple, *rest) -> list[Side]:
+    *adjective, _ = rest
+    between = "".join(f" {word}" for word in adjective)
+    nouns = (noun, plural(noun))
+    if form == "causal":
+        return _numbers(noun, [f"{name} {verb} {{}}{between}"] * 2, determiners, nouns)
+    return _numbers(noun, [f"{name} {verb} {MASK}{between} {{}}."] * 2, nouns, determiners)
+
+
+def _subject_slots() -> Iterator[tuple[str, list]]:
+    words = lexicon()["subject"]
+    for noun in words["nouns"]:
+        yield noun, [words["openers"], words["verbs"]]
+
+
+def _subject_verb(form: str, noun: str, opener: str, verb: list, tail: float) -> list[Side]:
+    *verbs, ends = verb
+    return _numbers(noun, [f"{opener} {{}}{_end(form, ends, tail)}"] * 2, (noun, plural(noun)), verbs)
+
+
+def _distractor_slots() -> Iterator[tuple[str, list]]:
+    words, subject = lexicon()["relational"], lexicon()["subject"]
+    for noun in words["heads"]:
+        distractors = [word for word in words["distractors"] if word != noun]
+        yield noun, [subject["openers"], distractors, subject["verbs"]]
+
+
+def _distractor(form: str, noun: str, opener: str, distractor: str, verb: list, tail: float) -> list[Side]:
+    *verbs, ends = verb
+    end = _end(form, ends, tail)
+    templates = [f"{opener} {{}} of the {other}{end}" for other in (plural(distractor), distractor)]
+    return _numbers(noun, templates, (noun, plural(noun)), verbs)
+
+
+def _number_slots() -> Iterator[tuple[str, list]]:
+    words = lexicon()["reflexive"]
+    for noun in [pair[0] for pair in words["pairs"]] + words["masculine"]:
+        yield noun, [words["openers"], words["verbs"]]
+
+
+def _anaphor_number(form: str, noun: str, opener: str, verb: list, tail: float) -> list[Side]:
+    past, ends = verb
+    template = f"{opener} {{}} {past}{_end(form, ends, tail)}"
+    return _numbers(noun, [template] * 2, (noun, plural(noun)), ("himself", "themselves"))
+
+
+def _gender_slots() -> Iterator[tuple[tuple[str, str], list]]:
+    names, words = lexicon()["names"], lexicon()["reflexive"]
+    for pair in zip(names["masculine"], names["feminine"], strict=True):
+        yield pair, [words["name_openers"], words["verbs"]]
+    for pair in words["pairs"]:
+        yield tuple(pair), [words["openers"], words["verbs"]]
+
+
+def _anaphor_gender(form: str, pair: tuple[str, str], opener: str, verb: list, tail: float) -> list[Side]:
+    past, ends = verb
+    template = f"{opener} {{}} {past}{_end(form, ends, tail)}"
+    masculine, feminine = pair
+    return [
+        Side(feminine, "feminine", template, feminine, "herself"),
+        Side(masculine, "masculine", template, masculine, "himself"),
+    ]
+
+
+# phenomenon: (what to draw from for each lemma, how a drawn frame reads)
+GRAMMARS = {
+    "determiner_noun": (partial(_object_slots, "objects", False), _determiner_noun),
+    "determiner_noun_adjective": (partial(_object_slots, "objects", True), _determiner_noun),
+    "determiner_noun_irregular": (partial(_object_slots, "irregular_objects", False), _determiner_noun),
+    "subject_verb": (_subject_slots, _subject_verb),
+    "subject_verb_distractor": (_distractor_slots, _distractor),
+    "anaphor_number": (_number_slots, _anaphor_number),
+    "anaphor_gender": (_gender_slots, _anaphor_gender),
+}

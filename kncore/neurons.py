@@ -1,0 +1,132 @@
+"""From attribution scores to knowledge neurons: coarse and refined sets, similarity, and what value vectors promote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kncore import arch
+from kncore.models import LM
+
+
+class Neuron(NamedTuple):
+    """Coordinate `index` of the neuron site of block `block`."""
+
+    block: int
+    index: int
+
+
+class Found(NamedTuple):
+    """Refined neurons, with the share of prompts each is in the coarse set of.
+
+    `p` is the share at which the search ended, `converged` whether between `at_least` and `at_most` neurons remained.
+    """
+
+    neurons: list[Neuron]
+    shares: list[float]
+    p: float
+    converged: bool
+
+
+def coarse(scores: Float[Tensor, "query block neuron"], threshold: float = 0.2) -> Tensor:
+    """Which neurons score above `threshold` times the largest score of their own prompt; boolean, same shape."""
+    if scores.dim() != 3:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}, expected query, block, neuron")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("scores are not all finite; recompute them before looking for neurons")
+    return scores > threshold * scores.amax((1, 2), keepdim=True).clamp_min(0)
+
+
+def find_neurons(
+    scores: Float[Tensor, "query block neuron"],
+    *,
+    threshold: float = 0.2,
+    p: float = 0.7,
+    step: float = 0.05,
+    at_least: int = 2,
+    at_most: int = 5,
+    moves: int = 20,
+) -> Found:
+    """Refined neurons of prompts that share a fact or phenomenon (Dai et al. 2022, section 3.3; Niu et al. 2024).
+
+    A neuron is refined if it is in the coarse set of more than a share `p` of the prompts. p moves by `step`, down while
+    too few neurons remain and up while too many, until between `at_least` and `at_most` do; the search ends after
+    `moves` moves, at the ends of [0, 1], or when it turns back, and then says that it did not converge and returns the
+    set it ended with. Neurons come with the largest share first, ties by their mean score.
+    """
+    inside = coarse(scores, threshold)
+    share = inside.float().mean(0)
+    tick, direction = round(p / step), 0
+    for _ in range(moves + 1):
+        p = tick * step
+        count = int((share > p + 1e-6).sum())
+        turn = -1 if count < at_least else 1 if count > at_most else 0
+        if turn == 0 or turn == -direction or not 0 <= (tick + turn) * step < 1:
+            break
+        tick, direction = tick + turn, turn
+    kept = (share > p + 1e-6).nonzero().tolist()
+    mean = scores.mean(0)
+    kept.sort(key=lambda at: (-float(share[*at]), -float(mean[*at])))
+    return Found([Neuron(*at) for at in kept], [float(share[*at]) for at in kept], p, turn == 0)
+
+
+def top(scores: Float[Tensor, "block neuron"], k: int = 10) -> list[tuple[Neuron, float]]:
+    """The k neurons with the largest scores, largest first."""
+    values, places = scores.flatten().topk(min(k, scores.numel()))
+    return [(Neuron(*divmod(i, scores.shape[1])), v) for i, v in zip(places.tolist(), values.tolist(), strict=True)]
+
+
+def gram(vectors: Float[Tensor, "vector width"]) -> Float[Tensor, "vector vector"]:
+    """Cosines of the angles between vectors. Raises ValueError where one of them is zero or not finite."""
+    norms = vectors.double().norm(dim=1, keepdim=True)
+    bad = (~(norms[:, 0] > 0) | ~torch.isfinite(norms[:, 0])).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(f"vectors {bad} are zero or not finite: they have no direction; leave them out")
+    rows = vectors / norms.to(vectors.dtype)
+    return (rows @ rows.T).double()
+
+
+def similarity(vectors: Float[Tensor, "vector width"]) -> float:
+    """R₁²: how much n attribution vectors point along one line (Niu et al. 2024, section 3).
+
+    Rows are normalised; with s₁ the largest singular value, R₁² = (s₁² − 1)/(n − 1): 1 if they are identical up to sign,
+    0 if orthogonal, and |cos| of the angle for n = 2. Raises ValueError for fewer than two vectors or a zero one.
+    """
+    return float(similarity_of_sets(gram(vectors), [range(len(vectors))])[0])
+
+
+def similarity_of_sets(cosines: Float[Tensor, "vector vector"], sets: Sequence[Sequence[int]]) -> Float[Tensor, " set"]:
+    """R₁² of sets of equal size n, each a list of places in the Gram matrix `cosines` (its largest eigenvalue is s₁²)."""
+    places = torch.tensor([list(members) for members in sets])
+    if places.dim() != 2 or places.shape[1] < 2:
+        raise ValueError("R₁² compares two or more vectors; give sets of one size, of at least two")
+    parts = cosines[places[:, :, None], places[:, None, :]]
+    return (torch.linalg.eigvalsh(parts)[:, -1] - 1) / (places.shape[1] - 1)
+
+
+def per_block(neurons: Sequence[Neuron], n_blocks: int) -> Int[Tensor, " block"]:
+    """How many of the neurons lie in each block."""
+    return torch.bincount(torch.tensor([n.block for n in neurons], dtype=torch.long), minlength=n_blocks)
+
+
+def promoted(lm: LM, neuron: Neuron, k: int = 8, sign: int = 1) -> list[str]:
+    """The k tokens whose logits the value vector of a neuron raises most (lowers most, for sign −1).
+
+    The value vector read through the head, without the rest of the network (Geva et al. 2021). Causal models only: the
+    head of a masked model is not linear in it.
+    """
+    if lm.spec.masked:
+        raise ValueError(
+            f"{lm.name} is masked: its head is a network of its own, value vectors cannot be read directly"
+        )
+    vector = arch.value_vectors(lm.model, lm.spec, neuron.block)[neuron.index]
+    norm = arch.module_at(lm.model, lm.spec.norm, "final norm")
+    if isinstance(norm, torch.nn.LayerNorm):
+        vector = vector - vector.mean()
+    head = arch.module_at(lm.model, lm.spec.head, "language-model head")
+    logits = head.weight.float() @ (vector * norm.weight).float()
+    return [lm.tokenizer.decode([i]).strip() for i in (sign * logits).topk(k).indices.tolist()]

@@ -1,0 +1,159 @@
+"""Queries, and the facts written for this project.
+
+A `Query` is one question to a language model: a prompt, the word that should come next and, for a minimal
+pair, the word that should not. Facts are (subject, object) pairs of a relation, asked through several
+paraphrase templates. Minimal pairs are made in `kncore.grammar`, public data sets are read in
+`kncore.public`.
+
+    >>> from kncore import tasks
+    >>> query = tasks.facts("capital", n=1)[0]
+    >>> query.prompt == query.template.replace("{}", query.subject)
+    True
+"""
+
+import difflib
+import random
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+MASK = "[MASK]"
+DATA = files("kncore") / "data"
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question to a language model.
+
+    prompt    causal form: text that ends right before the target, without a trailing space; masked form:
+              a text that holds "[MASK]" once, where the target belongs.
+    target    the word or words that belong there, without a leading space.
+    subject   what the query is about, as it occurs in the prompt: the subject of a fact, the word that
+              decides the agreement of a minimal pair. "" where unknown.
+    foil      the wrong member of a minimal pair, or the false object of a counterfactual; "" for facts.
+    task      the relation or phenomenon.
+    item      what queries cluster by: the fact ("capital:France") or lemma ("determiner_noun:book").
+    template  the prompt with {} in place of the subject.
+    value     the condition within a phenomenon, such as "singular" or "feminine"; "" for facts.
+
+    Raises ValueError where a field breaks these rules.
+    """
+
+    prompt: str
+    target: str
+    subject: str = ""
+    foil: str = ""
+    task: str = ""
+    item: str = ""
+    template: str = ""
+    value: str = ""
+
+    def __post_init__(self) -> None:
+        def fail(problem: str) -> None:
+            raise ValueError(f"Query(prompt={self.prompt!r}, target={self.target!r}): {problem}")
+
+        if not self.prompt.strip():
+            fail("the prompt is empty")
+        if not self.target.strip():
+            fail("the target is empty")
+        if self.prompt != self.prompt.rstrip():
+            fail("the prompt ends with white space; the tokenizer puts the space before the target")
+        for name in ("target", "foil"):
+            word = getattr(self, name)
+            if word != word.strip():
+                fail(f"the {name} {word!r} has white space around it")
+        if self.prompt.count(MASK) > 1:
+            fail(f"the prompt holds {MASK} more than once; one target belongs to one mask")
+        if self.target == self.foil:
+            fail("target and foil are the same")
+        if self.subject not in self.prompt:
+            fail(f"the subject {self.subject!r} does not occur in the prompt")
+
+    @property
+    def masked(self) -> bool:
+        """Whether the target belongs inside the prompt, at [MASK], rather than after it."""
+        return MASK in self.prompt
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A relation of facts: its name, what it relates, its Wikidata property, the relation that is its
+    inverse (or ""), the templates with {} in place of the subject, and the (subject, object) pairs sorted
+    by subject."""
+
+    name: str
+    description: str
+    wikidata: str
+    inverse: str
+    templates: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+
+
+def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> ValueError:
+    """The error for a name that is not among the known ones; it suggests the close ones."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.{remedy and ' ' + remedy}")
+
+
+@cache
+def _tables() -> dict[str, dict]:
+    return tomllib.loads((DATA / "relations.toml").read_text(encoding="utf-8"))
+
+
+def relations() -> list[str]:
+    """The names of the relations that `facts` knows."""
+    return sorted(_tables())
+
+
+@cache
+def describe(name: str) -> Relation:
+    """The relation of that name: its description, templates and facts. Raises ValueError for an unknown one."""
+    if name not in _tables():
+        raise unknown("relation", name, _tables())
+    table = _tables()[name]
+    lines = (DATA / "facts" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    return Relation(
+        name=name,
+        description=table["description"],
+        wikidata=table["wikidata"],
+        inverse=table.get("inverse", ""),
+        templates=tuple(table["templates"]),
+        pairs=tuple(sorted(tuple(line.split("\t")) for line in lines)),
+    )
+
+
+def facts(relation: str, n: int | None = None, seed: int = 0, templates: Sequence[str] | None = None) -> list[Query]:
+    """`n` facts of a relation (None: all), each asked through every template, fact after fact.
+
+    The facts come in an order drawn from `seed`, so that a smaller `n` gives the first facts of a larger
+    one. `templates` replaces the relation's own; each holds {} once and ends right before the object.
+
+    Raises ValueError for an unknown relation, a template without exactly one {}, or more facts than exist.
+    """
+    known = describe(relation)
+    templates = known.templates if templates is None else tuple(templates)
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"the template {template!r} must hold {{}} exactly once, where the subject goes")
+    pairs = list(known.pairs)
+    if n is not None and not 0 < n <= len(pairs):
+        raise ValueError(f"n={n} facts of {relation!r} asked for; there are {len(pairs)}, n may be 1 to that")
+    random.Random(seed).shuffle(pairs)
+    return [_ask(known, pair, template) for pair in pairs[:n] for template in templates]
+
+
+def candidates(relation: str) -> list[str]:
+    """The distinct objects of a relation, sorted: what a model chooses from when the choice is closed."""
+    return sorted({target for _, target in describe(relation).pairs})
+
+
+def _ask(known: Relation, pair: tuple[str, str], template: str) -> Query:
+    subject, target = pair
+    item = f"{known.name}:{subject}"
+    if template.startswith("{}"):
+        subject = subject[0].upper() + subject[1:]
+    return Query(template.replace("{}", subject), target, subject, task=known.name, item=item, template=template)

@@ -1,0 +1,34 @@
+"""Fixtures for all tests: the checkout, the optional sample data, and a user cache that tests do not touch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The top folder of the repository."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Samples of the public data sets in their own formats; the test is skipped where KNCORE_DATA names none."""
+    folder = Path(os.environ.get("KNCORE_DATA") or "")
+    if not os.environ.get("KNCORE_DATA") or not folder.is_dir():
+        pytest.skip("KNCORE_DATA names no folder with sample data")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attribution scores and records of a test go to a folder of its own."""
+    folder = tmp_path_factory.mktemp("kncore")
+    monkeypatch.setenv("KNCORE_SCORES", str(folder / "scores"))
+    monkeypatch.setenv("KNCORE_RESULTS", str(folder / "results"))
