@@ -48,9 +48,9 @@ lint: $(STAMP)  ## ruff, check and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(STAMP)  ## speed and error of attribution, side by side with its peers
+bench: $(STAMP)  ## time attribution beside its peers, into book/benchmark-table.md (BENCH=... for options)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-bench.lock
-	$(PY) benchmarks/attribution.py
+	$(PY) benchmarks/attribution.py --out book/benchmark-table.md $(BENCH)
 
 clean:  ## remove what was built; .venv and the model cache stay
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis kncore.egg-info

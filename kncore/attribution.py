@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +28,8 @@ from kncore.replay import Capture, Change, capture, passes, replay
 from kncore.tasks import Query
 
 PANEL_NODES = 5
-SPLIT = 2
-DEPTH = 12
+SPLIT = 4
+DEPTH = 7
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def attribute(
 ) -> Attribution:
     """Attribute the target's probability to the neurons of every block, at the position that predicts it.
 
-    quadrature: "gauss" without `steps` is adaptive: five Gauss-Legendre nodes on the path, and on each half of a part
-        of it whose completeness gap exceeds `tol` times the Euclidean norm of the block's scores (plus the rounding
+    quadrature: "gauss" without `steps` is adaptive: five Gauss-Legendre nodes on the path, and on each quarter of a
+        part whose completeness gap exceeds `tol` times the Euclidean norm of the block's scores (plus the rounding
         noise of P). With `steps`, another name of `rule`, or a pair (nodes, weights), the nodes are fixed;
         `quadrature="riemann", steps=20, site="authors"` gives the scores of the published code.
     target: "first" attributes the probability of the target's first token; "all" the log-probability of the whole
@@ -121,7 +121,7 @@ def attribute(
         done[part] = cache.read(folder, name)
 
     todo = sorted((part for part, found in done.items() if found is None), key=lambda part: len(part.ids))
-    at_once = max(1, budget // (len(lm.blocks) * (len(fixed[0]) if fixed else PANEL_NODES + 1)))
+    at_once = max(1, budget // (len(lm.blocks) * (len(fixed[0]) if fixed else PANEL_NODES)))
     with tqdm(total=len(todo), desc="attribute", unit="prompt", leave=False, disable=not progress) as bar:
         for i in range(0, len(todo), at_once):
             batch = todo[i : i + at_once]
@@ -175,16 +175,22 @@ class _Path:
         p = logits.log_softmax(-1).gather(1, self.wanted[queries][:, None])[:, 0]
         return p if self.log else p.exp()
 
-    def gradients(self, points: Sequence[_Point]) -> tuple[Float[Tensor, " point"], Float[Tensor, "point width"]]:
-        """P and its gradient at points that rise in block."""
-        measured, slopes = [], []
+    def values(self, points: Sequence[_Point]) -> list[float]:
+        """P at points that rise in block."""
+        measured = []
+        with torch.no_grad():
+            for changes in passes(self.captured, self._changes(points), self.budget):
+                measured += self.measure(replay(self.captured, changes), _prompts(changes)).tolist()
+        return measured
+
+    def slopes(self, points: Sequence[_Point]) -> Float[Tensor, "point width"]:
+        """Gradient of P with respect to the site's state, at points that rise in block."""
+        out = []
         for changes in passes(self.captured, self._changes(points), self.budget):
             changes = [replace(change, values=change.values.detach().requires_grad_()) for change in changes]
-            queries = torch.cat([change.prompts for change in changes])
-            p = self.measure(replay(self.captured, changes), queries)
-            slopes += torch.autograd.grad(p.sum(), [change.values for change in changes])
-            measured.append(p.detach())
-        return torch.cat(measured), torch.cat(slopes).float()
+            p = self.measure(replay(self.captured, changes), _prompts(changes))
+            out += torch.autograd.grad(p.sum(), [change.values for change in changes])
+        return torch.cat(out).float()
 
     def _changes(self, points: Sequence[_Point]) -> Iterator[Change]:
         device, dtype = self.states.device, self.captured.lm.dtype
@@ -195,9 +201,12 @@ class _Path:
             yield Change(block, rows, values.to(dtype), self.site)
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """A part [a, b] of one path with its share of the scores; the gap is this part's completeness."""
+def _prompts(changes: Sequence[Change]) -> Int[Tensor, " row"]:
+    return torch.cat([change.prompts for change in changes])
+
+
+class _Part(NamedTuple):
+    """A part [a, b] of one path, with P at its ends."""
 
     block: int
     query: int
@@ -205,68 +214,77 @@ class _Panel:
     b: float
     p_a: float
     p_b: float
+
+
+class _Panel(NamedTuple):
+    """A part that has been integrated; its gap is the completeness gap of this part alone."""
+
+    part: _Part
     scores: Float[Tensor, " width"]
-
-    @property
-    def gap(self) -> float:
-        return abs(float(self.scores.sum()) - (self.p_b - self.p_a))
+    gap: float
 
 
-def _integrate(path: _Path, parts: list[tuple[int, int, float, float, float | None]], nodes, weights) -> list[_Panel]:
-    """Panels for `(block, query, a, b, p_b)`, which must rise; a p_b of None is the p_a of the part that follows."""
-    gammas = np.concatenate([[0.0], nodes])
-    points = [_Point(block, query, a + (b - a) * g) for block, query, a, b, _ in parts for g in gammas]
-    p, slopes = path.gradients(points)
-    p_a = p.view(len(parts), -1)[:, 0].tolist()
-    weights = torch.tensor(weights, dtype=slopes.dtype, device=slopes.device)
-    slopes = torch.einsum("pnw,n->pw", slopes.view(len(parts), len(gammas), -1)[:, 1:], weights)
+def _integrate(path: _Path, parts: list[_Part], nodes: np.ndarray, weights: np.ndarray) -> list[_Panel]:
+    points = [_Point(part.block, part.query, part.a + (part.b - part.a) * node) for part in parts for node in nodes]
+    slopes = path.slopes(points).view(len(parts), len(nodes), -1)
+    integrals = torch.einsum("pnw,n->pw", slopes, torch.tensor(weights, dtype=slopes.dtype, device=slopes.device))
     panels = []
-    for i, (block, query, a, b, p_b) in enumerate(parts):
-        scores = (b - a) * slopes[i] * path.states[query, block]
-        panels.append(_Panel(block, query, a, b, p_a[i], p_a[i + 1] if p_b is None else p_b, scores))
+    for part, integral in zip(parts, integrals, strict=True):
+        scores = (part.b - part.a) * integral * path.states[part.query, part.block]
+        panels.append(_Panel(part, scores, abs(float(scores.sum()) - (part.p_b - part.p_a))))
     return panels
+
+
+def _split(path: _Path, parts: list[_Part]) -> list[_Part]:
+    edges = {part: [part.a + i / SPLIT * (part.b - part.a) for i in range(1, SPLIT)] for part in parts}
+    values = iter(path.values([_Point(part.block, part.query, edge) for part in parts for edge in edges[part]]))
+    out = []
+    for part in parts:
+        ends = [(part.a, part.p_a), *((edge, next(values)) for edge in edges[part]), (part.b, part.p_b)]
+        for (a, p_a), (b, p_b) in pairwise(ends):
+            out.append(_Part(part.block, part.query, a, b, p_a, p_b))
+    return out
 
 
 def _scores(path: _Path, fixed: tuple[np.ndarray, np.ndarray] | None, tol: float) -> list[dict[str, Tensor]]:
     """Results for each query of one capture: panels of the paths, split until each is complete."""
     n_queries, n_blocks, _ = path.states.shape
     nodes, weights = fixed or rule("gauss", PANEL_NODES)
-    p_one = path.measure(path.captured.logits, torch.arange(n_queries, device=path.states.device))
-    spent = torch.zeros(n_queries, n_blocks, dtype=torch.long)
     noise = 1000 * torch.finfo(path.captured.lm.dtype).eps
+    starts = [_Point(block, query, 0.0) for block in range(n_blocks) for query in range(n_queries)]
+    p_zero = path.values(starts)
+    p_one = path.measure(path.captured.logits, torch.arange(n_queries, device=path.states.device)).tolist()
+    parts = [_Part(*start[:2], 0.0, 1.0, p, p_one[start.query]) for start, p in zip(starts, p_zero, strict=True)]
 
-    parts = [(block, query, 0.0, 1.0, float(p_one[query])) for block in range(n_blocks) for query in range(n_queries)]
-    panels = _integrate(path, parts, nodes, weights)
-    p_zero = torch.tensor([panel.p_a for panel in panels]).view(n_blocks, n_queries).T
-    scores = torch.stack([panel.scores for panel in panels]).view(n_blocks, n_queries, -1).transpose(0, 1).contiguous()
-    spent += len(nodes)
-    for _ in range(0 if fixed else DEPTH):
+    scores = torch.zeros_like(path.states)
+    spent = torch.zeros(n_queries, n_blocks, dtype=torch.long)
+    for depth in range(DEPTH):
+        panels = _integrate(path, parts, nodes, weights)
+        for part, share, _ in panels:
+            scores[part.query, part.block] += share
+            spent[part.query, part.block] += len(nodes)
+        if fixed or depth == DEPTH - 1:
+            break
         norms = scores.norm(dim=-1).tolist()
         bad = [
-            p for p in panels
-            if p.gap > tol * norms[p.query][p.block] + noise * max(abs(p.p_a), abs(p.p_b))
-        ]  # fmt: skip
+            panel
+            for panel in panels
+            if panel.gap > tol * norms[panel.part.query][panel.part.block] + noise * max(map(abs, panel.part[-2:]))
+        ]
         if not bad:
             break
-        parts = [part for panel in bad for part in _split(panel)]
-        panels = _integrate(path, parts, nodes, weights)
-        for old in bad:
-            scores[old.query, old.block] -= old.scores
-        for new in panels:
-            scores[new.query, new.block] += new.scores
-            spent[new.query, new.block] += len(nodes)
+        for part, share, _ in bad:
+            scores[part.query, part.block] -= share
+        parts = _split(path, [panel.part for panel in bad])
 
-    gap = (scores.sum(-1).cpu() - (p_one[:, None].cpu() - p_zero)).abs()
+    change = torch.tensor(p_one)[:, None] - torch.tensor(p_zero).view(n_blocks, n_queries).T
     logits = path.captured.logits
     wanted = logits.gather(1, path.wanted[:, None])
-    probability, rank = logits.softmax(-1).gather(1, path.wanted[:, None])[:, 0], (logits > wanted).sum(-1)
-    out = {"scores": scores, "gap": gap, "nodes": spent, "probability": probability, "rank": rank}
+    out = {
+        "scores": scores,
+        "gap": (scores.sum(-1).cpu() - change).abs(),
+        "nodes": spent,
+        "probability": logits.softmax(-1).gather(1, path.wanted[:, None])[:, 0],
+        "rank": (logits > wanted).sum(-1),
+    }
     return [{name: value[query].cpu() for name, value in out.items()} for query in range(n_queries)]
-
-
-def _split(panel: _Panel) -> Iterator[tuple[int, int, float, float, float | None]]:
-    width = (panel.b - panel.a) / SPLIT
-    for i in range(SPLIT):
-        last = i == SPLIT - 1
-        end = panel.b if last else panel.a + (i + 1) * width
-        yield panel.block, panel.query, panel.a + i * width, end, panel.p_b if last else None

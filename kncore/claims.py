@@ -102,7 +102,7 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "number-separates",
             "02",
-            "Singular and plural have neurons of their own.",
+            "Attribution tells the two values of a condition (singular, plural) apart.",
             "3",
             "R₁² of sentences of one number minus R₁² of sentences of mixed number, same phenomenon",
             "above",
@@ -206,16 +206,22 @@ def record(claim_id: str, lm: LM, estimate: Estimate, *, seed: int, source: str,
         "seed": seed,
         "parameters": parameters,
         "code": code_version(),
-        "versions": {name: version(name) for name in ("kncore", "torch", "transformers", "numpy", "scipy")},
+        "versions": {
+            name: version(name).partition("+")[0] for name in ("kncore", "torch", "transformers", "numpy", "scipy")
+        },
     }
     target = results_folder() / lm.name.replace("/", "--") / f"{claim.id}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, scratch = tempfile.mkstemp(dir=target.parent, suffix=".part")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        json.dump(told, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-    os.chmod(scratch, 0o644)
-    os.replace(scratch, target)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(told, stream, indent=1, ensure_ascii=False)
+            stream.write("\n")
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, target)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
     return Verdict(claim, estimate, lm.name)
 
 
@@ -232,16 +238,16 @@ def read(results: Path) -> list[Mapping]:
     for path in sorted(results.glob("*/*.json")):
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            known = CLAIMS[told["claim"]]
+            place = list(CLAIMS).index(told["claim"]), told["model"]
             Estimate(told["value"], told["low"], told["high"], told["n"])
-            assert told["verdict"] in VERDICTS
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            VERDICTS.index(told["verdict"])
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not a record of a declared claim ({type(error).__name__}: {error}); make it anew with "
                 "`make notebooks`, or delete it"
             ) from error
-        found.append((list(CLAIMS).index(known.id), told["model"], told))
-    return [told for *_, told in sorted(found, key=lambda row: row[:2])]
+        found.append((place, told))
+    return [told for _, told in sorted(found, key=lambda row: row[0])]
 
 
 def table(results: Path) -> pd.DataFrame:
@@ -272,4 +278,4 @@ def _effect(told: Mapping) -> str:
 def declare(*claim_ids: str) -> pd.DataFrame:
     """What a chapter shows of its claims before it computes anything: statement, metric and rule."""
     told = [(CLAIMS[i].statement, CLAIMS[i].metric, CLAIMS[i].rule) for i in claim_ids]
-    return pd.DataFrame(told, columns=["claim", "metric", "rule"], index=pd.Index(claim_ids, name="id"))
+    return pd.DataFrame(told, columns=["claim", "metric", "rule"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
+from IPython.display import HTML
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
 from torch import Tensor
 
 from kncore.neurons import Neuron, top
@@ -37,6 +39,11 @@ def setup() -> None:
     )
 
 
+def table(rows: Sequence[Mapping] | pd.DataFrame) -> HTML:
+    """Rows as the book's tables look; text in them is escaped."""
+    return HTML(pd.DataFrame(rows).to_html(index=False, border=0, justify="left", classes="table"))
+
+
 def attribution_map(
     scores: Float[Tensor, "block neuron"], *, bins: int = 192, name: int = 5, unit: str = "probability"
 ) -> Axes:
@@ -53,7 +60,8 @@ def attribution_map(
     shown = ax.imshow(
         image,
         cmap="RdBu_r",
-        norm=SymLogNorm(size / 100, vmin=-size, vmax=size),
+        vmin=-size,
+        vmax=size,
         aspect="auto",
         origin="lower",
         extent=(0, n_neurons, -0.5, n_blocks - 0.5),
@@ -74,9 +82,6 @@ def attribution_map(
     ax.set(xlabel="neuron", ylabel="block")
     bar = figure.colorbar(shown, ax=ax, pad=0.01)
     bar.set_label(f"score ({unit})")
-    ticks = [-size, -size / 10, 0, size / 10, size]
-    bar.set_ticks(ticks, labels=[f"{tick:.1g}" for tick in ticks])
-    bar.minorticks_off()
     return ax
 
 
@@ -106,6 +111,24 @@ def intervals(rows: Mapping[str, Estimate], xlabel: str, colours: Sequence[str] 
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set(xlabel=xlabel)
     ax.grid(axis="x", lw=0.4)
+    return ax
+
+
+def leaders(groups: Mapping[str, Sequence[Neuron]]) -> Axes:
+    """One bar per group, cut into the neurons that lead its items: a wide piece is a neuron that leads many."""
+    _, ax = plt.subplots(figsize=(8, 0.42 * len(groups) + 1.0))
+    for row, found in enumerate(groups.values()):
+        left = 0
+        for neuron, count in Counter(found).most_common():
+            shared = count > 1
+            ax.barh(row, count, left=left, height=0.7, color=FACTS if shared else "#D9D9D9", edgecolor="white")
+            if shared:
+                label = f"{neuron.block}·{neuron.index}" if count > 2 else f"{neuron.block}·\n{neuron.index}"
+                ax.text(left + count / 2, row, label, ha="center", va="center", color="white", fontsize=7.5)
+            left += count
+    ax.set_yticks(range(len(groups)), labels=list(groups))
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+    ax.set(xlabel="facts")
     return ax
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pooch
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kncore import arch
@@ -171,7 +172,7 @@ def _from_pretrained(folder, dtype: torch.dtype, **kwargs):
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kwargs)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(
             f"cannot load {str(folder)!r}: {str(error).splitlines()[0]} Where there is no network, load it once on a "
             "machine that has it (it stays in the Hugging Face cache), or pass a folder with config.json, "
@@ -181,9 +182,11 @@ def _from_pretrained(folder, dtype: torch.dtype, **kwargs):
     if missing:
         raise ValueError(
             f"{str(folder)!r} lacks the weights of {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}: they "
-            f"would be random. Use a checkpoint of {auto.__name__[9:]}, with its language-model head."
+            f"would be random. Use a checkpoint of {type(model).__name__}, with its language-model head."
         )
     arch.check(model, spec)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
+        raise ValueError(f"{str(folder)!r} holds no tokenizer; save it there with `tokenizer.save_pretrained`")
     if spec.masked and tokenizer.mask_token is None:
         raise ValueError(f"{str(folder)!r} is a masked language model, but its tokenizer has no mask token")
     return model, tokenizer, spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -53,10 +54,10 @@ def find_neurons(
 ) -> Found:
     """Refined neurons of prompts that share a fact or phenomenon (Dai et al. 2022, section 3.3; Niu et al. 2024).
 
-    A neuron is refined if it is in the coarse set of more than a share `p` of the prompts. p moves by `step`, down while
-    too few neurons remain and up while too many, until between `at_least` and `at_most` do; the search ends after
-    `moves` moves, at the ends of [0, 1], or when it turns back, and then says that it did not converge and returns the
-    set it ended with. Neurons come with the largest share first, ties by their mean score.
+    A neuron is refined if it is in the coarse set of more than a share `p` of the prompts. p moves by `step`, down
+    while too few neurons remain and up while too many, until between `at_least` and `at_most` do. The search ends
+    after `moves` moves, at the ends of [0, 1], or when it turns back, and then says that it did not converge and
+    returns the set it ended with. Neurons come with the largest share first, ties by their mean score.
     """
     inside = coarse(scores, threshold)
     share = inside.float().mean(0)
@@ -93,14 +94,14 @@ def gram(vectors: Float[Tensor, "vector width"]) -> Float[Tensor, "vector vector
 def similarity(vectors: Float[Tensor, "vector width"]) -> float:
     """R₁²: how much n attribution vectors point along one line (Niu et al. 2024, section 3).
 
-    Rows are normalised; with s₁ the largest singular value, R₁² = (s₁² − 1)/(n − 1): 1 if they are identical up to sign,
-    0 if orthogonal, and |cos| of the angle for n = 2. Raises ValueError for fewer than two vectors or a zero one.
+    Rows are normalised; with s₁ the largest singular value, R₁² = (s₁² − 1)/(n − 1): 1 if they are identical up to
+    sign, 0 if orthogonal, and |cos| of the angle for n = 2. Raises ValueError for fewer than two vectors or a zero one.
     """
     return float(similarity_of_sets(gram(vectors), [range(len(vectors))])[0])
 
 
 def similarity_of_sets(cosines: Float[Tensor, "vector vector"], sets: Sequence[Sequence[int]]) -> Float[Tensor, " set"]:
-    """R₁² of sets of equal size n, each a list of places in the Gram matrix `cosines` (its largest eigenvalue is s₁²)."""
+    """R₁² of sets of one size, each a list of places in the Gram matrix `cosines` (its largest eigenvalue is s₁²)."""
     places = torch.tensor([list(members) for members in sets])
     if places.dim() != 2 or places.shape[1] < 2:
         raise ValueError("R₁² compares two or more vectors; give sets of one size, of at least two")
@@ -114,10 +115,11 @@ def per_block(neurons: Sequence[Neuron], n_blocks: int) -> Int[Tensor, " block"]
 
 
 def promoted(lm: LM, neuron: Neuron, k: int = 8, sign: int = 1) -> list[str]:
-    """The k tokens whose logits the value vector of a neuron raises most (lowers most, for sign −1).
+    """The k tokens whose logits the value vector of a neuron raises most (lowers most, for sign −1), as words.
 
-    The value vector read through the head, without the rest of the network (Geva et al. 2021). Causal models only: the
-    head of a masked model is not linear in it.
+    The value vector read through the head, without the rest of the network (Geva et al. 2021). Tokens that
+    are no text by themselves (parts of a character, white space) are passed over. Causal models only: the head of a
+    masked model is not linear in it.
     """
     if lm.spec.masked:
         raise ValueError(
@@ -129,4 +131,5 @@ def promoted(lm: LM, neuron: Neuron, k: int = 8, sign: int = 1) -> list[str]:
         vector = vector - vector.mean()
     head = arch.module_at(lm.model, lm.spec.head, "language-model head")
     logits = head.weight.float() @ (vector * norm.weight).float()
-    return [lm.tokenizer.decode([i]).strip() for i in (sign * logits).topk(k).indices.tolist()]
+    words = (lm.tokenizer.decode([i]).strip() for i in (sign * logits).argsort(descending=True).tolist())
+    return list(islice((word for word in words if word and "\ufffd" not in word), k))

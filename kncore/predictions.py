@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kncore import grammar, tasks, tokens
+from kncore import grammar, public, tasks, tokens
 from kncore.models import LM
 from kncore.replay import capture
 from kncore.tasks import Query
+
+TEMPLATES = 5
+TRIES = 150
+RELATIONS = {
+    "own": ("capital", "country_of_capital", "official_language", "native_language", "field_of_work", "occupation"),
+    "public": (
+        "P36",
+        "P1376",
+        "P101",
+        "P106",
+        "P19",
+        "P176",
+    ),  # those of ParaRel with five templates that end in [MASK]
+}
+PARADIGMS = (
+    "determiner_noun_agreement_1",
+    "determiner_noun_agreement_with_adjective_1",
+    "determiner_noun_agreement_irregular_1",
+    "regular_plural_subject_verb_agreement_1",
+    "irregular_plural_subject_verb_agreement_1",
+    "distractor_agreement_relational_noun",
+    "anaphor_number_agreement",
+    "anaphor_gender_agreement",
+)
 
 
 def log_probabilities(lm: LM, queries: Sequence[Query], batch: int = 32) -> Float[Tensor, "query vocab"]:
@@ -33,7 +59,8 @@ def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) ->
 
     It is preferred if it is more probable than the foil and than every candidate with another first token; `margin` is
     the difference of log-probability to the best of those. Without foil and candidates: if it is the model's
-    prediction. Candidates are tokenised as targets of each template's first query.
+    prediction. A foil that starts with the target's first token cannot be told from it: margin 0, no preference.
+    Candidates are tokenised as targets of each template's first query.
     """
     logp = log_probabilities(lm, queries)
     known: dict[str, list[int]] = {}
@@ -45,9 +72,11 @@ def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) ->
             if query.template not in known:
                 known[query.template] = [tokens.encode(lm, query, word).target[0] for word in candidates]
             rivals |= set(known[query.template])
+        closed = bool(rivals)
         rivals -= {target}
         rank = int((row > row[target]).sum())
-        margin = float(row[target] - (row[sorted(rivals)].max() if rivals else row.max()))
+        best = row[sorted(rivals)].max() if rivals else row[target] if closed else row.max()
+        margin = float(row[target] - best)
         rows.append(
             {
                 "task": query.task,
@@ -57,50 +86,98 @@ def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) ->
                 "probability": float(row[target].exp()),
                 "rank": rank,
                 "margin": margin,
-                "prefers": margin > 0 if rivals else rank == 0,
+                "prefers": margin > 0 if closed else rank == 0,
             }
         )
     return pd.DataFrame(rows)
 
 
-def known_facts(lm: LM, relation: str, n: int, seed: int = 0) -> tuple[list[Query], int]:
-    """The first `n` facts (in the order of `seed`) that the model knows, in all templates; and how many were tried.
+def relations(source: str = "own") -> list[str]:
+    """The relations that the chapters ask about: of the project's own facts, or of ParaRel."""
+    return list(RELATIONS["own" if source == "own" else "public"])
+
+
+def phenomena(source: str = "own") -> list[str]:
+    """The phenomena that the chapters ask about: of the project's own grammars, or of BLiMP."""
+    return grammar.phenomena() if source == "own" else list(PARADIGMS)
+
+
+class Asked(NamedTuple):
+    """Queries to ask a model, item after item: how many items were tried, and how many of those here it knows."""
+
+    queries: list[Query]
+    tried: int
+    known: int
+
+
+def known_facts(lm: LM, relation: str, n: int, seed: int = 0, source: str = "own") -> Asked:
+    """The first `n` facts (in the order of `seed`) that the model knows, each in five templates.
 
     A fact is known if in at least half of its templates the model prefers the object to every other object of the
-    relation. Fewer than `n` come back where the model knows fewer.
+    relation. After 150 tries, or at the end of the data, unknown facts fill up the number, and `known` is below `n`.
+    `source` is "own", "public" (ParaRel, fetched) or a folder with the public data sets.
     """
-    queries = tasks.facts(relation, seed=seed)
-    templates = len(tasks.describe(relation).templates)
-    candidates = tasks.candidates(relation)
-    kept: list[Query] = []
-    tried = 0
-    for i in range(0, len(queries), 10 * templates):
-        chunk = queries[i : i + 10 * templates]
-        prefers = predict(lm, chunk, candidates)["prefers"].to_numpy().reshape(-1, templates)
-        for j, right in enumerate(prefers.mean(1) >= 0.5):
-            if len(kept) == n * templates:
-                return kept, tried
-            tried += 1
-            if right:
-                kept += chunk[j * templates : (j + 1) * templates]
-    return kept, tried
+    if source == "own":
+        queries, candidates = tasks.facts(relation, seed=seed), tasks.candidates(relation)
+    else:
+        form = "masked" if lm.spec.masked else "causal"
+        queries = public.pararel(relation, None if source == "public" else source, form=form)
+        candidates = sorted({query.target for query in queries})
+    items = _by_item(queries, None if source == "own" else seed)
+    known, unknown = [], []
+    for i in range(0, min(len(items), TRIES), 10):
+        chunk = items[i : i + 10]
+        prefers = predict(lm, [query for item in chunk for query in item], candidates)["prefers"].to_numpy()
+        for item, share in zip(chunk, prefers.reshape(len(chunk), -1).mean(1), strict=True):
+            if len(known) < n:
+                (known if share >= 0.5 else unknown).append(item)
+        if len(known) == n:
+            break
+    kept = (known + unknown)[:n]
+    return Asked([query for item in kept for query in item], len(known) + len(unknown), len(known))
 
 
-def known_pairs(lm: LM, phenomenon: str, n: int, seed: int = 0) -> tuple[list[Query], int]:
-    """The first `n` minimal pairs of each condition in which the model prefers the good member; and how many were tried.
+def _by_item(queries: Sequence[Query], seed: int | None) -> list[list[Query]]:
+    """Queries of each item in its first five templates; items with one answer only, shuffled if there is a seed."""
+    items: dict[str, dict[str, Query]] = {}
+    several = set()
+    for query in queries:
+        before = items.setdefault(query.item, {}).setdefault(query.template, query)
+        if before.target != query.target:
+            several.add(query.item)
+    whole = [
+        list(by_template.values())[:TEMPLATES]
+        for item, by_template in items.items()
+        if item not in several and len(by_template) >= TEMPLATES
+    ]
+    if seed is not None:
+        random.Random(seed).shuffle(whole)
+    return whole
 
-    In the causal form for causal models, in the masked form for masked ones.
+
+def known_pairs(lm: LM, phenomenon: str, n: int, seed: int = 0, source: str = "own") -> dict[str, Asked]:
+    """For each condition of a phenomenon, the first `n` minimal pairs whose good member the model prefers.
+
+    In the causal form for causal models, in the masked form for masked ones. `seed`, `source` (here BLiMP) and the
+    filling up after 150 tries as in `known_facts`.
     """
-    queries = grammar.minimal_pairs(phenomenon, seed=seed, form="masked" if lm.spec.masked else "causal")
-    values = sorted({query.value for query in queries})
-    kept: dict[str, list[Query]] = {value: [] for value in values}
-    tried = 0
-    for i in range(0, len(queries), 40):
-        chunk = queries[i : i + 40]
-        for query, right in zip(chunk, predict(lm, chunk)["prefers"], strict=True):
-            if all(len(found) == n for found in kept.values()):
-                return [query for value in values for query in kept[value]], tried
-            tried += 1
-            if right and len(kept[query.value]) < n:
-                kept[query.value].append(query)
-    return [query for value in values for query in kept[value]], tried
+    form = "masked" if lm.spec.masked else "causal"
+    if source == "own":
+        queries = grammar.minimal_pairs(phenomenon, seed=seed, form=form)
+    else:
+        queries = public.blimp(phenomenon, None if source == "public" else source, form=form)
+        random.Random(seed).shuffle(queries)
+    out = {}
+    for value in ("singular", "plural", "feminine", "masculine"):
+        mine = [query for query in queries if query.value == value][:TRIES]
+        if not mine:
+            continue
+        known, unknown = [], []
+        for i in range(0, len(mine), 20):
+            for query, right in zip(mine[i : i + 20], predict(lm, mine[i : i + 20])["prefers"], strict=True):
+                if len(known) < n:
+                    (known if right else unknown).append(query)
+            if len(known) == n:
+                break
+        out[value] = Asked((known + unknown)[:n], len(known) + len(unknown), len(known))
+    return out

@@ -129,18 +129,18 @@ def replay(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row v
     _check(captured, changes)
     todo = list(changes)
     rows, prompts = None, None
-    for l in range(todo[0].block, len(lm.blocks)):
-        block = lm.blocks[l]
+    for depth in range(todo[0].block, len(lm.blocks)):
+        block = lm.blocks[depth]
         with contextlib.ExitStack() as hooks:
-            while todo and todo[0].block == l:
+            while todo and todo[0].block == depth:
                 change = todo.pop(0)
-                new = captured.inputs[l][change.prompts]
+                new = captured.inputs[depth][change.prompts]
                 offset = 0 if rows is None else len(rows)
                 rows = new if rows is None else torch.cat([rows, new])
                 prompts = change.prompts if prompts is None else torch.cat([prompts, change.prompts])
                 position = captured.target[change.prompts]
                 hooks.enter_context(_writing(block, _site(lm, change.site), offset, position, change.values))
-            rows = _run(captured, l, block, rows, prompts)
+            rows = _run(captured, block, rows, prompts)
     target = captured.target[prompts]
     return lm.readout(rows[torch.arange(len(rows), device=rows.device), target]).float()
 
@@ -177,7 +177,7 @@ class _Prefix:
         return self.captured.keys[0].shape[2]
 
 
-def _run(captured: Capture, l: int, block: nn.Module, rows: Tensor, prompts: Tensor) -> Tensor:
+def _run(captured: Capture, block: nn.Module, rows: Tensor, prompts: Tensor) -> Tensor:
     mask = captured.mask[_window(block)]
     kwargs = {"attention_mask": None if mask is None else mask[prompts]}
     if captured.keys:

@@ -44,9 +44,12 @@ def encode(lm: LM, query: Query, target: str | None = None) -> Encoded:
         raise ValueError(f"target {word!r} has no tokens for {lm.name}")
     limit = getattr(lm.model.config, "max_position_embeddings", None)
     if lm.spec.family == "roberta":
-        limit -= 2  # its first two positions are reserved
-    if limit is not None and len(ids) + (0 if lm.spec.masked else len(wanted) - 1) > limit:
-        raise ValueError(f"prompt {query.prompt[:40]!r}… has {len(ids)} tokens, the context of {lm.name} is {limit}")
+        limit -= lm.model.config.pad_token_id + 1  # its positions are counted from there
+    length = len(ids) + (0 if lm.spec.masked else len(wanted) - 1)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"prompt {query.prompt[:40]!r}… has {length} tokens with its target, the context of {lm.name} is {limit}"
+        )
     return Encoded(tuple(ids), position, tuple(wanted))
 
 

@@ -62,13 +62,19 @@ def _sanitize(self, text):
 
 def _runtest(self):
     if self.cell.source.strip() and self.cell.execution_count is None:
-        raise NbCellError(self.cell_num, "The stored cell was never run: there is nothing to compare", self.cell.source)
+        raise NbCellError(
+            self.cell_num,
+            "The stored cell was never run: there is nothing to compare",
+            self.cell.source,
+        )
     run_and_compare(self)
 
 
 def _execute_cell_input(self, source, allow_stdin=None):
     # nbval keeps cells out of the history, where IPython looks for the semicolon that silences a cell's last value.
-    return self.kc.execute(source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
+    return self.kc.execute(
+        source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False
+    )
 
 
 run_and_compare = IPyNbCell.runtest

@@ -57,6 +57,16 @@ def test_default_quadrature_converges_on_every_block(family):
     assert result.nodes.min() >= 5
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_both_sites_are_off_together(family):
+    """The activations map zero to zero, so the sites differ inside the path and agree at its ends."""
+    lm = tiny.lm(family)
+    one = tokens.encode(lm, QUERIES[lm.spec.masked][0])
+    for block in range(len(lm.blocks)):
+        off = [naive.forward(lm, one, block, site, torch.zeros_like)[0] for site in ("neuron", "authors")]
+        torch.testing.assert_close(*off, atol=1e-6, rtol=1e-5)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(tiny.FAMILIES), st.integers(0, 5), st.floats(1e-4, 1e-2))
 def test_completeness(family, seed, tol):

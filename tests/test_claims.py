@@ -1,0 +1,265 @@
+"""Verdicts by truth table, records as files, the table that README and book show."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from kncore import claims
+from kncore.claims import CLAIMS, Claim, Verdict, read, record, table
+from kncore.stats import Estimate
+
+LM = tiny.lm("gpt2")
+ABOVE = Claim("a", "01", "A.", "2", "m", "above", 0.5, 30)
+WITHIN = Claim("w", "01", "W.", "2", "m", "within", 0.5, 30)
+CLEAR = Estimate(0.8, 0.6, 0.9, 40)
+
+
+# Rules
+
+
+@pytest.mark.parametrize(
+    "low, high, above, within",
+    [
+        (0.6, 0.9, "supported", "contradicted"),
+        (0.51, 0.52, "supported", "contradicted"),
+        (0.5, 0.9, "inconclusive", "inconclusive"),  # an end on the border is on neither side
+        (0.4, 0.6, "inconclusive", "inconclusive"),
+        (0.1, 0.5, "inconclusive", "inconclusive"),
+        (0.1, 0.49, "contradicted", "supported"),
+        (-0.49, 0.49, "contradicted", "supported"),
+        (-0.5, 0.3, "contradicted", "inconclusive"),
+        (-0.6, 0.3, "contradicted", "inconclusive"),
+        (-0.9, -0.5, "contradicted", "inconclusive"),
+        (-0.9, -0.6, "contradicted", "contradicted"),
+        (-0.9, 0.9, "inconclusive", "inconclusive"),
+        (-math.inf, math.inf, "inconclusive", "inconclusive"),
+        (0.6, math.inf, "supported", "contradicted"),
+    ],
+)
+def test_verdicts_by_truth_table(low, high, above, within):
+    estimate = Estimate(0.0, low, high, 30)
+    assert (ABOVE.verdict(estimate), WITHIN.verdict(estimate)) == (above, within)
+    few = estimate._replace(n=29)
+    assert (ABOVE.verdict(few), WITHIN.verdict(few)) == ("inconclusive", "inconclusive")
+
+
+def test_a_verdict_speaks_of_the_interval_not_of_the_value():
+    assert ABOVE.verdict(Estimate(0.9, 0.4, 0.95, 99)) == "inconclusive"
+    assert WITHIN.verdict(Estimate(0.0, -0.9, 0.9, 99)) == "inconclusive"
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_no_verdict_on_what_is_not_a_number(place):
+    values = [0.8, 0.6, 0.9]
+    values[place] = float("nan")
+    for claim in (ABOVE, WITHIN):
+        with pytest.raises(ValueError, match=f"claim '{claim.id}'.*not a number"):
+            claim.verdict(Estimate(*values, 1))
+
+
+def test_rules_in_words_name_threshold_and_n():
+    assert ABOVE.rule == (
+        "supported if the whole 95 % interval lies above 0.5, contradicted if it lies below 0.5, "
+        "otherwise (or with n < 30) inconclusive"
+    )
+    assert "within ±0.5" in WITHIN.rule and "outside ±0.5, on one side" in WITHIN.rule
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_declared_claims_are_whole(name):
+    claim = CLAIMS[name]
+    assert claim.id == name and re.fullmatch(r"[a-z]+(-[a-z]+)*", name)
+    assert re.fullmatch(r"0[1-9]|[1-9][0-9]", claim.chapter)
+    assert claim.kind in ("above", "within")
+    assert math.isfinite(claim.threshold) and claim.min_n >= 10
+    assert claim.threshold > 0 if claim.kind == "within" else claim.threshold >= 0
+    assert claim.statement.endswith(".") and claim.metric and claim.section
+
+
+def test_claims_are_in_the_order_of_the_chapters_and_say_different_things():
+    chapters = [claim.chapter for claim in CLAIMS.values()]
+    assert chapters == sorted(chapters)
+    for told in ("statement", "metric"):
+        assert len({getattr(claim, told) for claim in CLAIMS.values()}) == len(CLAIMS)
+
+
+# Records
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("KNCORE_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+def put(claim="fact-has-neurons", estimate=CLEAR, lm=LM, **parameters):
+    return record(claim, lm, estimate, seed=3, source="own", **parameters)
+
+
+def files(results):
+    return sorted(str(path.relative_to(results)) for path in results.rglob("*") if path.is_file())
+
+
+def test_a_record_says_what_was_found_by_what_rule_on_what(results):
+    verdict = put(n=12, quadrature="gauss")
+    assert verdict == Verdict(CLAIMS["fact-has-neurons"], CLEAR, "tiny-gpt2")
+    assert files(results) == ["tiny-gpt2/fact-has-neurons.json"]
+    told = json.loads((results / "tiny-gpt2" / "fact-has-neurons.json").read_text(encoding="utf-8"))
+    claim = CLAIMS["fact-has-neurons"]
+    want = {
+        "claim": claim.id,
+        "chapter": "01",
+        "statement": claim.statement,
+        "metric": claim.metric,
+        "rule": claim.rule,
+    }
+    want |= {"verdict": "supported", "value": 0.8, "low": 0.6, "high": 0.9, "n": 40}
+    want |= {"model": "tiny-gpt2", "revision": "seed0", "dtype": "float32", "source": "own", "seed": 3}
+    want |= {"parameters": {"n": 12, "quadrature": "gauss"}}
+    assert {name: told[name] for name in want} == want
+    assert {"torch", "transformers", "numpy", "scipy", "kncore"} <= set(told["versions"])
+    assert read(results) == [told]
+
+
+def test_a_record_replaces_the_one_before(results):
+    put()
+    put(estimate=Estimate(0.2, 0.1, 0.3, 40))
+    (told,) = read(results)
+    assert (told["value"], told["verdict"]) == (0.2, "contradicted")
+
+
+def test_a_hub_name_gives_one_folder(results):
+    put(lm=replace(LM, name="owner/name@abc"))
+    assert files(results) == ["owner--name@abc/fact-has-neurons.json"]
+    assert read(results)[0]["model"] == "owner/name@abc"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_record_that_cannot_be_written_leaves_what_was_there(before, results, monkeypatch):
+    if before:
+        put()
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(claims.os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        put(estimate=Estimate(0.1, 0.0, 0.2, 40))
+    assert files(results) == (["tiny-gpt2/fact-has-neurons.json"] if before else [])
+    if before:
+        assert read(results)[0]["value"] == 0.8
+
+
+def test_parameters_that_are_no_json_leave_nothing_behind(results):
+    with pytest.raises(TypeError):
+        put(lm_itself=LM)
+    assert files(results) == []
+
+
+def test_undeclared_claims_and_estimates_that_are_not_numbers_are_not_recorded(results):
+    with pytest.raises(KeyError, match="no-such-claim"):
+        put("no-such-claim")
+    with pytest.raises(ValueError, match="not a number"):
+        put(estimate=Estimate(float("nan"), 0.0, 1.0, 40))
+    assert files(results) == []
+
+
+def test_an_endless_interval_is_null_in_the_record_and_open_in_the_table(results):
+    assert "Inconclusive" in str(put(estimate=Estimate(0.8, -math.inf, math.inf, 1)))
+    text = (results / "tiny-gpt2" / "fact-has-neurons.json").read_text()
+    told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (told["low"], told["high"], told["verdict"]) == (None, None, "inconclusive")
+    row = table(results).iloc[0]
+    assert row["effect [95 % interval]"] == "0.80 [?, ?]" and row["verdict"] == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda told: json.dumps(told | {"verdict": "proved"}),
+        lambda told: json.dumps(told | {"claim": "no-such-claim"}),
+        lambda told: json.dumps({name: value for name, value in told.items() if name != "low"}),
+        lambda told: json.dumps({name: value for name, value in told.items() if name != "model"}),
+        lambda told: json.dumps([told]),
+        lambda told: json.dumps(told)[:-5],
+        lambda told: "",
+    ],
+    ids=["verdict", "claim", "no-low", "no-model", "list", "cut", "empty"],
+)
+def test_a_spoiled_record_is_named(spoil, results):
+    put()
+    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    path.write_text(spoil(json.loads(path.read_text())))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a record of a declared claim.*make notebooks"):
+        read(results)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        table(results)
+
+
+# Table
+
+
+def test_the_table_has_a_row_for_every_claim_and_model(results):
+    put("equally-few", Estimate(0.1, -0.2, 0.4, 50))
+    put("equally-few", Estimate(1.9, 1.5, 2.5, 50), lm=tiny.lm("llama"))
+    put("fact-has-neurons")
+    shown = table(results)
+    assert list(shown.columns) == ["chapter", "claim", "model", "effect [95 % interval]", "n", "verdict"]
+    assert len(shown) == len(CLAIMS) + 1
+    statements = [claim.statement for claim in CLAIMS.values()]
+    assert list(dict.fromkeys(shown["claim"])) == statements
+    rows = shown.set_index(["claim", "model"])["verdict"].to_dict()
+    few = CLAIMS["equally-few"].statement
+    want = {(few, "tiny-gpt2"): "supported", (few, "tiny-llama"): "contradicted"}
+    want[CLAIMS["fact-has-neurons"].statement, "tiny-gpt2"] = "supported"
+    want |= {(statement, ""): "not run" for statement in statements if statement not in [key[0] for key in want]}
+    assert rows == want
+    assert shown.set_index("model").loc["tiny-llama", "effect [95 % interval]"] == "1.90 [1.50, 2.50]"
+
+
+def test_without_records_nothing_has_been_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert set(table(folder)["verdict"]) == {"not run"}
+
+
+def test_what_a_chapter_declares():
+    shown = claims.declare("number-separates", "equally-few")
+    assert list(shown["claim"]) == [CLAIMS["number-separates"].statement, CLAIMS["equally-few"].statement]
+    assert list(shown["rule"]) == [CLAIMS["number-separates"].rule, CLAIMS["equally-few"].rule]
+    with pytest.raises(KeyError):
+        claims.declare("no-such-claim")
+
+
+# What a reader sees
+
+
+def test_a_verdict_in_words_and_in_html():
+    verdict = Verdict(ABOVE, CLEAR, "m1")
+    assert str(verdict) == repr(verdict) == "Supported on m1: A. m: 0.80 [0.60, 0.90], n = 40"
+    html = verdict._repr_html_()
+    for said in ('class="verdict supported"', "A.", "0.80 [0.60, 0.90], n = 40", "lies above 0.5"):
+        assert said in html
+    assert 'class="verdict contradicted"' in Verdict(WITHIN, CLEAR, "m1")._repr_html_()
+
+
+def test_html_of_a_verdict_escapes_what_it_shows():
+    claim = replace(ABOVE, statement="<b>bold</b> & more", metric='"<i>"')
+    html = Verdict(claim, CLEAR, "<script>alert(1)</script>")._repr_html_()
+    assert "<script" not in html and "<b>" not in html and "<i>" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "&amp; more" in html
+    assert "n &lt; 30" in html
+
+
+def test_records_go_to_the_book_that_the_notebook_is_in(tmp_path, monkeypatch):
+    monkeypatch.delenv("KNCORE_RESULTS")
+    (tmp_path / "book" / "notebooks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "book" / "notebooks")
+    assert claims.results_folder() == tmp_path / "book" / "notebooks" / "results"
+    (tmp_path / "book" / "_toc.yml").touch()
+    assert claims.results_folder() == tmp_path / "book" / "results"
+    monkeypatch.setenv("KNCORE_RESULTS", str(tmp_path / "elsewhere"))
+    assert claims.results_folder() == tmp_path / "elsewhere"

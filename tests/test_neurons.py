@@ -1,0 +1,270 @@
+"""Coarse and refined sets where the answer is known, similarity against singular values, value vectors by hand."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from kncore import arch
+from kncore.neurons import (
+    Neuron,
+    coarse,
+    find_neurons,
+    gram,
+    per_block,
+    promoted,
+    similarity,
+    similarity_of_sets,
+    top,
+)
+
+
+def scores_with(shares, n=20, width=4):
+    """Scores of n prompts, in which the k-th neuron is in the coarse set of a share `shares[k]` of them."""
+    blocks = -(-len(shares) // width)
+    flat = torch.zeros(n, blocks * width)
+    for k, share in enumerate(shares):
+        assert abs(share * n - round(share * n)) < 1e-9
+        flat[: round(share * n), k] = 1.0
+    return flat.reshape(n, blocks, width)
+
+
+def at(*places, width=4):
+    return [Neuron(*divmod(k, width)) for k in places]
+
+
+# Coarse sets
+
+
+def test_coarse_sets_by_hand():
+    scores = torch.tensor(
+        [
+            [[1.0, 0.2, 0.21], [0.0, -5.0, 0.5]],  # threshold 0.2: 0.2 itself is not above it
+            [[10.0, 1.0, 2.1], [0.0, -0.5, 9.0]],
+            [[-1.0, -2.0, -0.1], [0.0, -3.0, -0.2]],  # no positive score: no neuron
+        ],
+        dtype=torch.float64,
+    )
+    want = [
+        [[True, False, True], [False, False, True]],
+        [[True, False, True], [False, False, True]],
+        [[False] * 3] * 2,
+    ]
+    assert coarse(scores).tolist() == want
+    assert coarse(scores, 0.5).tolist()[0] == [[True, False, False], [False, False, False]]
+    assert coarse(scores, 0.0)[0].sum() == 4
+
+
+@settings(deadline=None)
+@given(arrays.arrays(np.float64, (3, 2, 5), elements=st.integers(-80, 80)), st.floats(0.01, 0.99), st.integers(-5, 9))
+def test_each_prompt_has_its_own_threshold(scores, threshold, power):
+    scores = torch.from_numpy(scores).clone()
+    first = coarse(scores, threshold)
+    scores[1] *= 2.0**power  # exact in floating point
+    assert torch.equal(coarse(scores, threshold), first)
+    for i in range(3):
+        assert first[i].any() == bool(scores[i].max() > 0)
+
+
+def test_scores_that_are_not_finite_or_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="not all finite"):
+        coarse(torch.tensor([[[1.0, float("nan")]]]))
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), expected query, block, neuron"):
+        find_neurons(torch.zeros(2, 3))
+
+
+# Refined sets
+
+
+@pytest.mark.parametrize(
+    "shares, kept, p, converged",
+    [
+        pytest.param([1.0, 0.75, 0.9, 0.7, 0.3], at(0, 2, 1), 0.7, True, id="at-once"),
+        pytest.param([1.0, 0.7, 0.7], at(0, 1, 2), 0.65, True, id="more-than-p-is-meant"),
+        pytest.param([0.1, 0.5, 0.45], at(1, 2), 0.40, True, id="p-falls"),
+        pytest.param([0.05, 0.05], at(0, 1), 0.0, True, id="p-falls-to-zero"),
+        pytest.param([0.8] * 8 + [0.95] * 3, at(8, 9, 10), 0.8, True, id="p-rises"),
+        pytest.param([1.0] * 5 + [0.95] * 3, at(0, 1, 2, 3, 4), 0.95, True, id="p-rises-to-the-end"),
+        pytest.param([1.0] + [0.7] * 7, at(*range(8)), 0.65, False, id="turns-back-from-below"),
+        pytest.param([0.75] * 6, [], 0.75, False, id="turns-back-from-above"),
+        pytest.param([1.0], at(0), 0.0, False, id="too-few-at-any-p"),
+        pytest.param([1.0] * 6, at(*range(6)), 0.95, False, id="too-many-at-any-p"),
+        pytest.param([0.0, 0.0], [], 0.0, False, id="none"),
+    ],
+)
+def test_the_search_where_the_answer_is_known(shares, kept, p, converged):
+    found = find_neurons(scores_with(shares))
+    assert found.neurons == kept
+    assert found.shares == pytest.approx([shares[n.block * 4 + n.index] for n in kept])
+    assert found.p == pytest.approx(p)
+    assert found.converged is converged
+
+
+def test_at_most_twenty_moves():
+    scores = scores_with([0.5, 0.45], n=20)
+    assert find_neurons(scores, step=0.01).p == pytest.approx(0.5)
+    assert not find_neurons(scores, step=0.01).converged
+    assert find_neurons(scores, step=0.01, moves=26).neurons == at(0, 1)
+    assert find_neurons(scores, moves=3).p == pytest.approx(0.55)
+    assert find_neurons(scores, moves=0).p == pytest.approx(0.7)
+
+
+def test_ties_go_to_the_larger_mean_score():
+    scores = scores_with([1.0, 1.0, 1.0])
+    scores[:, 0, 1] = 3.0
+    scores[:, 0, 2] = 2.0
+    assert find_neurons(scores).neurons == at(1, 2, 0)
+
+
+@settings(deadline=None)
+@given(arrays.arrays(bool, st.tuples(st.integers(1, 24), st.integers(1, 3), st.integers(1, 5))))
+def test_refined_neurons_are_exactly_those_above_p(inside):
+    found = find_neurons(torch.from_numpy(inside).float())
+    n = len(inside)
+    p = Fraction(round(found.p * 20), 20)
+    assert found.p == pytest.approx(float(p)) and 0 <= p < 1
+    share = {
+        Neuron(*map(int, place)): Fraction(int(inside[:, *place].sum()), n) for place in np.ndindex(inside.shape[1:])
+    }
+    assert set(found.neurons) == {neuron for neuron, part in share.items() if part > p}
+    assert len(found.neurons) == len(set(found.neurons))
+    assert found.converged == (2 <= len(found.neurons) <= 5)
+    assert found.shares == pytest.approx([float(share[neuron]) for neuron in found.neurons])
+    assert found.shares == sorted(found.shares, reverse=True)
+
+
+@settings(deadline=None)
+@given(arrays.arrays(bool, st.tuples(st.integers(1, 24), st.just(2), st.integers(1, 6))))
+def test_the_search_takes_the_first_p_on_its_way_that_gives_two_to_five(inside):
+    """The rule of the paper followed step by step in exact fractions."""
+    counts = inside.sum(0).ravel()
+
+    def size(twentieths):
+        return int(sum(Fraction(int(c), len(inside)) > Fraction(twentieths, 20) for c in counts))
+
+    way = range(14, -1, -1) if size(14) < 2 else range(14, 20)
+    ends = next((tick for tick in way if 2 <= size(tick) <= 5), None)
+    found = find_neurons(torch.from_numpy(inside).float())
+    passed = [tick for tick in way if ends is None or (tick - ends) * (14 - ends) >= 0]
+    jumped = any(
+        size(a) < 2 and size(b) > 5 or size(a) > 5 and size(b) < 2 for a, b in zip(passed, passed[1:], strict=False)
+    )
+    assert found.converged == (ends is not None and not jumped)
+    if found.converged:
+        assert found.p == pytest.approx(ends / 20)
+
+
+# Ranked lists and histograms
+
+
+@settings(deadline=None)
+@given(arrays.arrays(np.float32, (3, 4), elements=st.floats(-5, 5, width=32), unique=True), st.integers(1, 20))
+def test_top_is_a_sort(scores, k):
+    order = np.argsort(-scores, axis=None)[:k]
+    want = [(Neuron(*divmod(int(i), 4)), float(scores.ravel()[i])) for i in order]
+    assert top(torch.from_numpy(scores), k) == want
+
+
+def test_neurons_per_block():
+    assert per_block([Neuron(0, 5), Neuron(3, 1), Neuron(0, 2)], 5).tolist() == [2, 0, 0, 1, 0]
+    assert per_block([], 3).tolist() == [0, 0, 0]
+
+
+# Similarity
+
+VECTORS = arrays.arrays(
+    np.float64, st.tuples(st.integers(2, 6), st.integers(1, 8)), elements=st.floats(-10, 10).map(lambda x: round(x, 3))
+).filter(lambda a: (np.abs(a).max(1) > 0).all())
+
+
+def by_singular_values(vectors):
+    rows = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (np.linalg.svd(rows, compute_uv=False)[0] ** 2 - 1) / (len(rows) - 1)
+
+
+@settings(deadline=None)
+@given(VECTORS)
+def test_similarity_equals_the_singular_value_formula(vectors):
+    got = similarity(torch.from_numpy(vectors))
+    assert got == pytest.approx(by_singular_values(vectors), abs=1e-9)
+    assert similarity(torch.from_numpy(vectors).float()) == pytest.approx(got, abs=1e-5)
+    assert -1e-9 <= got <= 1 + 1e-9
+
+
+@settings(deadline=None)
+@given(VECTORS, st.lists(st.sampled_from([-1.0, 1.0, 0.5, -300.0]), min_size=6, max_size=6))
+def test_similarity_knows_neither_length_nor_sign(vectors, factors):
+    scaled = vectors * np.array(factors)[: len(vectors), None]
+    assert similarity(torch.from_numpy(scaled)) == pytest.approx(similarity(torch.from_numpy(vectors)), abs=1e-9)
+
+
+def test_similarity_of_one_line_of_right_angles_and_of_two():
+    line = torch.tensor([[1.0, 2.0, -2.0]]) * torch.tensor([[1.0], [-3.0], [0.01], [7.0]])
+    assert similarity(line) == pytest.approx(1, abs=1e-6)
+    assert similarity(3 * torch.eye(5)) == pytest.approx(0, abs=1e-6)
+    for degrees in (0, 30, 60, 90, 120, 180):
+        angle = np.radians(degrees)
+        pair = torch.tensor([[1.0, 0.0], [np.cos(angle), np.sin(angle)]])
+        assert similarity(pair) == pytest.approx(abs(np.cos(angle)), abs=1e-6)
+
+
+@settings(deadline=None)
+@given(VECTORS, st.data())
+def test_similarity_of_sets_is_that_of_each_set(vectors, data):
+    n = len(vectors)
+    size = data.draw(st.integers(2, n))
+    members = st.lists(st.integers(0, n - 1), min_size=size, max_size=size, unique=True)
+    sets = data.draw(st.lists(members, min_size=1, max_size=4))
+    got = similarity_of_sets(gram(torch.from_numpy(vectors)), sets)
+    assert got.tolist() == pytest.approx([by_singular_values(vectors[chosen]) for chosen in sets], abs=1e-9)
+
+
+def test_vectors_without_direction_and_sets_without_pair_are_refused():
+    vectors = torch.eye(4)
+    vectors[2] = 0
+    with pytest.raises(ValueError, match=r"vectors \[2\] are zero or not finite"):
+        similarity(vectors)
+    vectors[2, 1], vectors[0, 0] = float("nan"), float("inf")
+    with pytest.raises(ValueError, match=r"vectors \[0, 2\] are zero or not finite"):
+        gram(vectors)
+    with pytest.raises(ValueError, match="two or more vectors"):
+        similarity(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="two or more vectors"):
+        similarity_of_sets(torch.eye(3), [])
+
+
+# What value vectors promote
+
+WORDS = tiny.SPECIAL + tiny.WORDS
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_promoted_tokens_are_those_whose_logits_the_value_vector_raises(family):
+    """The model's own norm and head, applied to the value vector and to its opposite: biases cancel, order remains."""
+    lm = tiny.lm(family)
+    for neuron in (Neuron(0, 0), Neuron(1, 17), Neuron(2, 23)):
+        vector = arch.value_vectors(lm.model, lm.spec, neuron.block)[neuron.index] * 100
+        order = (lm.readout(vector) - lm.readout(-vector)).argsort(descending=True).tolist()
+        assert promoted(lm, neuron) == [WORDS[i] for i in order[:8]]
+        assert promoted(lm, neuron, k=3, sign=-1) == [WORDS[i] for i in order[::-1][:3]]
+
+
+def test_promoted_by_explicit_matrices():
+    llama, gpt2 = tiny.lm("llama").model, tiny.lm("gpt2").model
+    value = llama.model.layers[1].mlp.down_proj.weight[:, 4]
+    logits = llama.lm_head.weight @ (llama.model.norm.weight * value)
+    assert promoted(tiny.lm("llama"), Neuron(1, 4), 5) == [WORDS[i] for i in logits.argsort(descending=True)[:5]]
+    value = gpt2.transformer.h[1].mlp.c_proj.weight[4]
+    logits = gpt2.lm_head.weight @ (gpt2.transformer.ln_f.weight * (value - value.mean()))
+    assert promoted(tiny.lm("gpt2"), Neuron(1, 4), 5) == [WORDS[i] for i in logits.argsort(descending=True)[:5]]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_masked_models_head_is_not_read_directly(family):
+    with pytest.raises(ValueError, match=f"tiny-{family} is masked"):
+        promoted(tiny.lm(family), Neuron(0, 0))
