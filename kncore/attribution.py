@@ -250,7 +250,7 @@ def _scores(path: _Path, fixed: tuple[np.ndarray, np.ndarray] | None, tol: float
     """Results for each query of one capture: panels of the paths, split until each is complete."""
     n_queries, n_blocks, _ = path.states.shape
     nodes, weights = fixed or rule("gauss", PANEL_NODES)
-    noise = 1000 * torch.finfo(path.captured.lm.dtype).eps
+    noise = 100 * torch.finfo(path.captured.lm.dtype).eps
     starts = [_Point(block, query, 0.0) for block in range(n_blocks) for query in range(n_queries)]
     p_zero = path.values(starts)
     p_one = path.measure(path.captured.logits, torch.arange(n_queries, device=path.states.device)).tolist()

@@ -185,11 +185,17 @@ class Verdict:
         )
 
 
-def record(claim_id: str, lm: LM, estimate: Estimate, *, seed: int, source: str, **parameters) -> Verdict:
+def record(
+    claim_id: str, lm: LM, estimate: Estimate, *, seed: int, source: str, known: int | None = None, **parameters
+) -> Verdict:
     """Write `<results>/<model>/<claim>.json` in one step and return the verdict.
 
-    Raises KeyError for a claim that is not declared and ValueError for an estimate that is not a number.
+    `known` lowers n to the number of units that the model knows: unknown ones are no evidence either way. `parameters`
+    are kept as they are given. Raises KeyError for a claim that is not declared and ValueError for an estimate that is
+    not a number.
     """
+    if known is not None:
+        estimate = estimate._replace(n=min(estimate.n, known))
     claim = CLAIMS[claim_id]
     told = {
         "claim": claim.id,
