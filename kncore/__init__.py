@@ -1,4 +1,15 @@
-"""Attribution and editing kernels for asking whether knowledge is stored in neurons."""
+"""Attribution and editing kernels for asking whether knowledge is stored in neurons.
+
+From the ground floor up; a module imports from the floors below its own only.
+
+1. `arch` architecture as data · `stats` estimates, intervals · `tasks` queries and facts · `stored` notebooks at rest
+2. `models` names and loading · `grammar` minimal pairs
+3. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
+4. `replay` the engine: capture and replay · `cache` the store of scores
+5. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons
+6. `claims` rules, records, verdicts · `figures` plots and tables
+7. `pipeline` from notebooks to pages, and the command line `python -m kncore`
+"""
 
 from kncore.attribution import Attribution, attribute
 from kncore.grammar import minimal_pairs, phenomena

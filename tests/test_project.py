@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import kncore
 from kncore import __main__, pipeline, stored
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,3 +147,17 @@ def test_a_stored_notebook_is_sound_and_finalised(path):
 def test_every_chapter_can_be_run_on_another_model():
     for chapter in pipeline.chapters(ROOT):
         assert {"model", "n", "seed", "source", "quadrature"} <= chapter.defaults.keys(), chapter.path.name
+
+
+def test_imports_point_down():
+    """The floors of the package's docstring name every module, and no module imports from its own floor or above."""
+    lines = [line for line in kncore.__doc__.splitlines() if re.match(r"\d\. ", line)]
+    floors = {name: int(line[0]) for line in lines for name in re.findall(r"`(\w+)`", line)}
+    modules = {path.stem: path for path in (ROOT / "kncore").glob("*.py") if not path.stem.startswith("__")}
+    assert set(floors) == set(modules)
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("kncore"):
+                continue
+            below = node.module.split(".")[1:] or [alias.name for alias in node.names]
+            assert all(floors[other] < floors[name] for other in below), f"{name} imports {below}"
