@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from kncore import Query, models, tokens
 from kncore.arch import spec_for
@@ -389,3 +390,20 @@ def test_the_default_model_loads_from_the_cache_and_knows_the_capital_of_france(
     assert lm.tokenizer.decode([said]) == " Paris"
     assert encoded.target == (said,)
     assert lm.tokenizer("Paris")["input_ids"] != [said]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_checkpoints_as_old_as_the_hubs_load_whole(tmp_path, family):
+    """The hub's own GPT-2 names no `transformer.` and no head, its BERT says gamma and beta and has other heads."""
+    model = save(tmp_path, family)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    if family == "gpt2":
+        weights = {n.removeprefix("transformer."): w for n, w in weights.items() if n != "lm_head.weight"}
+        weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(3)}
+    else:
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new, before in old.items():
+            weights = {n.replace(new, before): w for n, w in weights.items() if "decoder" not in n}
+        weights |= {"cls.seq_relationship.weight": torch.zeros(2, 16), "cls.seq_relationship.bias": torch.zeros(2)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load(tmp_path).model(IDS).logits, model(IDS).logits)
