@@ -27,15 +27,15 @@ def scores_folder() -> Path:
 
 @cache
 def code_version() -> str:
-    """Hash of the code that computes scores, and of the libraries under it."""
-    texts = [Path(__file__).with_name(f"{module}.py").read_text() for module in CODE]
-    return hashlib.sha256("\0".join([*texts, version("torch"), version("transformers")]).encode()).hexdigest()[:16]
+    """Hash of the code that computes scores."""
+    texts = [Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8") for module in CODE]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def key(lm: LM, encoded: Encoded, settings: dict) -> str:
     """Name of a result: everything it depends on, hashed."""
     told = [lm.revision, lm.spec.family, str(lm.dtype), str(lm.device.type), code_version(), settings]
-    told += [encoded.ids, encoded.position, encoded.target]
+    told += [encoded.ids, encoded.position, encoded.target, version("torch"), version("transformers")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

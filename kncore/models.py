@@ -94,7 +94,10 @@ class LM:
 
     @property
     def touched(self) -> bool:
-        """True if weights were written or hooks hung since the model was loaded: cached results no longer apply."""
+        """True if weights were written or hooks hung since the model was loaded: cached results no longer apply.
+
+        Writes through `parameter.data`, which PyTorch does not count, go unseen.
+        """
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         return hooked or _state(self.model) != self._loaded
 

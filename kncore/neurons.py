@@ -60,6 +60,8 @@ def find_neurons(
     returns the set it ended with. Neurons come with the largest share first, ties by their mean score.
     """
     inside = coarse(scores, threshold)
+    if not len(inside):
+        raise ValueError("no prompts to find neurons in; give the scores of at least one")
     share = inside.float().mean(0)
     tick, direction = round(p / step), 0
     for _ in range(moves + 1):

@@ -268,3 +268,8 @@ def test_promoted_by_explicit_matrices():
 def test_a_masked_models_head_is_not_read_directly(family):
     with pytest.raises(ValueError, match=f"tiny-{family} is masked"):
         promoted(tiny.lm(family), Neuron(0, 0))
+
+
+def test_no_prompts_are_refused():
+    with pytest.raises(ValueError, match="no prompts"):
+        find_neurons(torch.zeros(0, 2, 3))
