@@ -133,13 +133,12 @@ def leaders(groups: Mapping[str, Sequence[Neuron]]) -> Axes:
 
 
 def matrix(values: Float[Tensor, "row column"], labels: Sequence[str], unit: str) -> Axes:
-    """A symmetric matrix of similarities in [0, 1] with its values written in."""
+    """A symmetric matrix of similarities with its values written in; colours run from zero to the largest."""
     size = 0.46 * len(labels) + 2.2
     _, ax = plt.subplots(figsize=(size + 1, size))
     sns.heatmap(
         np.asarray(values),
         vmin=0,
-        vmax=1,
         cmap="cividis",
         square=True,
         annot=True,
