@@ -6,11 +6,12 @@ row is checked against the model when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Site(NamedTuple):
@@ -121,8 +122,32 @@ def check(model: nn.Module, spec: ArchSpec) -> None:
         raise ValueError(f"value vectors have width {values.shape[1]}, the residual stream {hidden}: wrong projection")
 
 
+def projection(model: nn.Module, spec: ArchSpec, block: int) -> nn.Module:
+    """The module that holds the value vectors of one block."""
+    return module_at(module_at(model, spec.blocks, "blocks")[block], spec.sites["neuron"].path, "neuron site")
+
+
 def value_vectors(model: nn.Module, spec: ArchSpec, block: int):
     """Value vectors of one block, `[neuron, hidden]`: row i is what a unit of neuron i adds to the residual stream."""
-    projection = module_at(module_at(model, spec.blocks, "blocks")[block], spec.sites["neuron"].path, "neuron site")
-    weight = projection.weight
-    return weight.T if isinstance(projection, nn.Linear) else weight  # GPT-2's Conv1D is stored transposed
+    module = projection(model, spec, block)
+    return module.weight.T if isinstance(module, nn.Linear) else module.weight  # GPT-2's Conv1D is stored transposed
+
+
+@contextlib.contextmanager
+def at_site(block: nn.Module, site: Site, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, `see` is called with the site's state on every pass; what it returns, if not None, replaces it."""
+
+    def pre(module, args):
+        new = see(args[0])
+        return None if new is None else (new, *args[1:])
+
+    def post(module, args, out):
+        new = see(out[0] if isinstance(out, tuple) else out)
+        return (new, *out[1:]) if new is not None and isinstance(out, tuple) else new
+
+    module = module_at(block, site.path, "site")
+    handle = module.register_forward_pre_hook(pre) if site.side == "input" else module.register_forward_hook(post)
+    try:
+        yield
+    finally:
+        handle.remove()

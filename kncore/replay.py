@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -94,9 +95,9 @@ def capture(
 
     with torch.no_grad(), contextlib.ExitStack() as hooks:
         for block in lm.blocks:
-            hooks.enter_context(_removed(block.register_forward_pre_hook(keep_input, with_kwargs=True)))
+            hooks.callback(block.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
             for name, site in sites.items():
-                hooks.enter_context(_reading(block, site, lambda x, n=name: kept[n].append(x[rows, target])))
+                hooks.enter_context(arch.at_site(block, site, lambda x, n=name: kept[n].append(x[rows, target])))
         past = None if lm.spec.masked else DynamicCache()
         real = (torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]).long()
         options = {} if past is None else {"past_key_values": past, "use_cache": True}
@@ -139,7 +140,8 @@ def replay(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row v
                 rows = new if rows is None else torch.cat([rows, new])
                 prompts = change.prompts if prompts is None else torch.cat([prompts, change.prompts])
                 position = captured.target[change.prompts]
-                hooks.enter_context(_writing(block, _site(lm, change.site), offset, position, change.values))
+                write = partial(_write, offset=offset, position=position, values=change.values)
+                hooks.enter_context(arch.at_site(block, _site(lm, change.site), write))
             rows = _run(captured, block, rows, prompts)
     target = captured.target[prompts]
     return lm.readout(rows[torch.arange(len(rows), device=rows.device), target]).float()
@@ -244,42 +246,8 @@ def _check(captured: Capture, changes: Sequence[Change]) -> None:
             raise ValueError(f"site {change.site!r} has width {known[0].shape[1]}, got {change.values.shape[1]}")
 
 
-@contextlib.contextmanager
-def _removed(handle):
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _reading(block: nn.Module, site: arch.Site, read):
-    def pre(module, args):
-        read(args[0])
-
-    def post(module, args, out):
-        read(out[0] if isinstance(out, tuple) else out)
-
-    module = arch.module_at(block, site.path, "site")
-    return _removed(
-        module.register_forward_pre_hook(pre) if site.side == "input" else module.register_forward_hook(post)
-    )
-
-
-def _writing(block: nn.Module, site: arch.Site, offset: int, position: Tensor, values: Tensor):
-    """Hook that sets rows `offset:offset+len(values)` of a site at `position` to `values`, out of place."""
-
-    def write(x):
-        changed = x[offset : offset + len(values)]
-        changed = changed.index_put((torch.arange(len(values), device=x.device), position), values.to(x.dtype))
-        return torch.cat([x[:offset], changed, x[offset + len(values) :]])
-
-    def pre(module, args):
-        return (write(args[0]), *args[1:])
-
-    def post(module, args, out):
-        return (write(out[0]), *out[1:]) if isinstance(out, tuple) else write(out)
-
-    module = arch.module_at(block, site.path, "site")
-    return _removed(
-        module.register_forward_pre_hook(pre) if site.side == "input" else module.register_forward_hook(post)
-    )
+def _write(x: Tensor, offset: int, position: Tensor, values: Tensor) -> Tensor:
+    """`x` with rows `offset:offset+len(values)` at `position` set to `values`, out of place."""
+    changed = x[offset : offset + len(values)]
+    changed = changed.index_put((torch.arange(len(values), device=x.device), position), values.to(x.dtype))
+    return torch.cat([x[:offset], changed, x[offset + len(values) :]])

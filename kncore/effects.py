@@ -1,0 +1,210 @@
+"""Effects of neuron edits on what the model says: many edits of many prompts, replayed from captured states.
+
+An edit multiplies a few neurons at the target position by a factor (0 suppresses them). Prompts are captured once
+and held; a trial is one held prompt under one edit, one row that enters at the lowest edited block. The numbers are
+those of `interventions.suppress` and `enhance` around a run of the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kncore import arch, tokens
+from kncore.models import LM
+from kncore.replay import Capture, Change, capture, replay
+from kncore.tasks import Query
+
+
+class Trial(NamedTuple):
+    """One held prompt, by its place, with `neurons`, pairs (block, index), multiplied by `factor`."""
+
+    prompt: int
+    neurons: Sequence[tuple[int, int]]
+    factor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """Captured prompts, and the token ids of the words whose probability is read, the target's first.
+
+    `logp` and `said` are the log-probabilities of those words (−inf where a prompt has fewer than others) and the most
+    probable token of the whole vocabulary, before any edit. `place` finds a prompt: which capture, which row of it.
+    """
+
+    lm: LM
+    queries: Sequence[Query]
+    captures: Sequence[Capture]
+    place: Sequence[tuple[int, int]]
+    words: Int[Tensor, "prompt word"]
+    logp: Float[Tensor, "prompt word"]
+    said: Int[Tensor, " prompt"]
+
+    def activations(self, prompts: Sequence[int]) -> Float[Tensor, "prompt block neuron"]:
+        """The neurons of held prompts at the target position."""
+        where = [self.place[prompt] for prompt in prompts]
+        return torch.stack(
+            [torch.stack([state[row] for state in self.captures[c].sites["neuron"]]) for c, row in where]
+        )
+
+
+def hold(lm: LM, queries: Sequence[Query], words: Sequence[Sequence[str]] | None = None, batch: int = 48) -> Held:
+    """Capture prompts for `read` and `measure`.
+
+    `words` are those that compete with the target, per query: by default its foil, if it has one. They count by their
+    first token; those that begin with the target's own are left out. Raises ValueError for no queries, and for queries
+    the model cannot be asked.
+    """
+    if not queries:
+        raise ValueError("no queries to hold; give at least one")
+    if words is not None and len(words) != len(queries):
+        raise ValueError(f"{len(queries)} queries but {len(words)} lists of words")
+    encoded = [tokens.encode(lm, query) for query in queries]
+    rivals = words if words is not None else [[query.foil] if query.foil else [] for query in queries]
+    known: dict[tuple, list[int]] = {}
+    read = []
+    for query, some in zip(queries, rivals, strict=True):
+        key = (query.template or query.prompt, *some)
+        if key not in known:
+            known[key] = [tokens.encode(lm, query, word).target[0] for word in some]
+        read.append(list(dict.fromkeys([tokens.encode(lm, query).target[0], *known[key]])))
+    table = torch.full((len(read), max(map(len, read))), -1)
+    for row, some in zip(table, read, strict=True):
+        row[: len(some)] = torch.tensor(some)
+
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    captures, place = [], {}
+    for i in range(0, len(order), batch):
+        part = order[i : i + batch]
+        place |= {prompt: (len(captures), row) for row, prompt in enumerate(part)}
+        captures.append(capture(lm, [encoded[j] for j in part]))
+    logits = torch.stack([captures[c].logits[row] for c, row in (place[i] for i in range(len(queries)))])
+    logp, said = _seen(logits, table)
+    return Held(lm, list(queries), captures, [place[i] for i in range(len(queries))], table, logp, said)
+
+
+def _seen(logits: Float[Tensor, "row vocab"], words: Int[Tensor, "row word"]) -> tuple[Tensor, Tensor]:
+    logp = logits.log_softmax(-1).gather(1, words.clamp_min(0).to(logits.device)).cpu()
+    return logp.masked_fill(words < 0, -torch.inf), logits.argmax(-1).cpu()
+
+
+def read(
+    held: Held, trials: Sequence[Trial], budget: int = 512
+) -> tuple[Float[Tensor, "trial word"], Int[Tensor, " trial"]]:
+    """Log-probabilities of the held words and the most probable token, after the edit of each trial.
+
+    `budget`: how many positions are held at once. Raises ValueError for a trial without neurons, a prompt or neuron
+    that does not exist, and an edit after which the probabilities are not numbers.
+    """
+    sets = _sets(held, trials)
+    logp = torch.empty(len(trials), held.words.shape[1])
+    said = torch.empty(len(trials), dtype=torch.long)
+
+    def entry(i: int) -> tuple[int, int]:
+        return held.place[trials[i].prompt][0], int(sets[id(trials[i].neurons)][0, 0])
+
+    order = sorted(range(len(trials)), key=entry)
+    for source, group in groupby(order, key=lambda i: entry(i)[0]):
+        captured, members = held.captures[source], list(group)
+        room = max(1, budget // captured.row_cost)
+        for i in range(0, len(members), room):
+            part = members[i : i + room]
+            here = [trials[j] for j in part]
+            logits = _replayed(held, captured, here, [sets[id(trial.neurons)] for trial in here])
+            bad = (~torch.isfinite(logits).all(1)).nonzero()[:, 0].tolist()
+            if bad:
+                query = held.queries[here[bad[0]].prompt]
+                raise ValueError(
+                    f"after an edit by factor {here[bad[0]].factor:g} the probabilities for {query.prompt!r} are not "
+                    "numbers; use a smaller factor or a wider dtype"
+                )
+            logp[part], said[part] = _seen(logits, held.words[[trial.prompt for trial in here]])
+    return logp, said
+
+
+def _sets(held: Held, trials: Sequence[Trial]) -> dict[int, Int[Tensor, "neuron 2"]]:
+    """Each set of neurons once, as a tensor that rises in block."""
+    n_blocks, width = len(held.lm.blocks), held.lm.n_neurons
+    sets: dict[int, Tensor] = {}
+    for trial in trials:
+        if not 0 <= trial.prompt < len(held.queries):
+            raise ValueError(f"trial of prompt {trial.prompt}; held are 0 to {len(held.queries) - 1}")
+        if id(trial.neurons) in sets:
+            continue
+        if not len(trial.neurons):
+            raise ValueError(f"trial of prompt {trial.prompt} has no neurons; the set must not be empty")
+        given = torch.as_tensor(trial.neurons)
+        outside = (given < 0).any(1) | (given >= torch.tensor([n_blocks, width])).any(1)
+        if bool(outside.any()):
+            raise ValueError(
+                f"neuron {tuple(given[outside][0].tolist())} does not exist; {held.lm.name} has blocks 0 to "
+                f"{n_blocks - 1}, neurons 0 to {width - 1}"
+            )
+        sets[id(trial.neurons)] = given[given[:, 0].argsort(stable=True)]
+    return sets
+
+
+@torch.no_grad()
+def _replayed(held: Held, captured: Capture, trials: list[Trial], sets: list[Tensor]) -> Float[Tensor, "row vocab"]:
+    """Logits of one batch of rows; trials rise in the lowest block of their sets."""
+    device = held.lm.device
+    prompts = torch.tensor([held.place[trial.prompt][1] for trial in trials], device=device)
+    entries = [int(some[0, 0]) for some in sets]
+    counts = torch.tensor([len(some) for some in sets])
+    row = torch.arange(len(sets)).repeat_interleave(counts).to(device)
+    factor = torch.tensor([trial.factor for trial in trials]).repeat_interleave(counts).to(device, held.lm.dtype)
+    block, index = torch.cat(sets).to(device).T
+    position = captured.target[prompts]
+
+    def scale(x: Tensor, chosen: Tensor) -> Tensor:
+        at = row[chosen], position[row[chosen]], index[chosen]
+        return x.index_put(at, x[at] * factor[chosen])
+
+    changes = []
+    first = torch.tensor(entries, device=device)[row] == block
+    for depth, group in groupby(range(len(trials)), key=lambda i: entries[i]):
+        members = list(group)
+        start = members[0]
+        values = captured.sites["neuron"][depth][prompts[members]]
+        chosen = first & (block == depth)
+        at = row[chosen] - start, index[chosen]
+        changes.append(Change(depth, prompts[members], values.index_put(at, values[at] * factor[chosen])))
+    with contextlib.ExitStack() as hooks:
+        for depth in block[~first].unique().tolist():
+            change = partial(scale, chosen=~first & (block == depth))
+            hooks.enter_context(arch.at_site(held.lm.blocks[depth], held.lm.spec.sites["neuron"], change))
+        return replay(captured, changes)
+
+
+def measure(held: Held, trials: Sequence[Trial]) -> pd.DataFrame:
+    """One row per trial, before and after the edit:
+
+    `logp`, log-probability of the target; `margin`, its log-odds against the best of the held words; `mass`, the
+    log-probability of all held words together; `prefers`, whether the target is the best of them; `says`, whether it is
+    the most probable token of all; and `changed`, whether the most probable token is another one after the edit.
+    """
+    places = np.array([trial.prompt for trial in trials])
+    logp, said = read(held, trials)
+    columns: dict[str, object] = {"prompt": places}
+    for name in ("task", "item", "value", "template"):
+        per_prompt = np.array([getattr(query, name) for query in held.queries], dtype=object)
+        columns[name] = per_prompt[places]
+    for when, found, best in (("before", held.logp[places], held.said[places]), ("after", logp, said)):
+        rivals = found[:, 1:].amax(1) if found.shape[1] > 1 else torch.full_like(found[:, 0], -torch.inf)
+        columns[f"logp_{when}"] = found[:, 0].double().numpy()
+        columns[f"margin_{when}"] = (found[:, 0] - rivals).double().numpy()
+        columns[f"mass_{when}"] = found.double().logsumexp(1).numpy()
+        columns[f"prefers_{when}"] = (found[:, 0] > rivals).numpy()
+        columns[f"says_{when}"] = (best == held.words[places, 0]).numpy()
+    columns["changed"] = (said != held.said[places]).numpy()
+    return pd.DataFrame(columns)

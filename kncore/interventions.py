@@ -1,0 +1,208 @@
+"""Interventions: context managers that change neurons or value vectors and leave the model as it was, bit for bit.
+
+Nothing is written in place. Neurons are changed by hooks, which act on a copy of the state as it passes; weights are
+exchanged for new ones and the old ones put back. Both happen also after an exception or an interrupt. Interventions
+nest: an inner one acts on what the outer ones left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kncore import arch, tokens
+from kncore.models import LM
+from kncore.tasks import Query
+
+SITES = ("neuron", "authors")
+
+
+def suppress(lm: LM, neurons: Sequence[tuple[int, int]], *, position: str = "target", site: str = "neuron"):
+    """Context in which `neurons`, pairs (block, index), are zero.
+
+    position: "target", where the target is predicted (the last token that is not padding of causal models, the first
+        mask of masked ones), or "all".
+    site: "neuron", or "authors" for where the published code of Niu et al. reads and scales them.
+
+    Raises ValueError, before anything changes, for an empty list, a neuron that does not exist or comes twice, and an
+    unknown position or site. At the target position the model must be run as a whole: RuntimeError inside `replay`.
+    """
+    return set_neurons(lm, neurons, 0.0, position=position, site=site)
+
+
+def enhance(
+    lm: LM, neurons: Sequence[tuple[int, int]], factor: float = 2.0, *, position: str = "target", site: str = "neuron"
+):
+    """Context in which `neurons` are multiplied by `factor`; the other arguments and errors as in `suppress`."""
+    if not math.isfinite(factor):
+        raise ValueError(f"factor must be a finite number, got {factor}")
+    columns = {block: [i for _, i in group] for block, group in _blocks(lm, neurons, position, site)}
+    return _changed(lm, columns, {block: lambda x: x * factor for block in columns}, position, site)
+
+
+def set_neurons(
+    lm: LM,
+    neurons: Sequence[tuple[int, int]],
+    values: float | Sequence[float],
+    *,
+    position: str = "target",
+    site: str = "neuron",
+):
+    """Context in which `neurons` have `values`, one for all or one for each; otherwise as `suppress`."""
+    groups = _blocks(lm, neurons, position, site)
+    values = [values] * len(neurons) if isinstance(values, int | float) else [float(v) for v in values]
+    if len(values) != len(neurons):
+        raise ValueError(f"{len(neurons)} neurons but {len(values)} values; give one for all or one for each")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"values must be finite numbers, got {values}")
+    wanted = dict(zip(map(tuple, neurons), values, strict=True))
+    columns = {block: [i for _, i in group] for block, group in groups}
+    rows = {block: [wanted[block, i] for i in group] for block, group in columns.items()}
+    changes = {block: lambda x, row=row: torch.as_tensor(row, dtype=x.dtype).to(x.device).expand_as(x)
+               for block, row in rows.items()}  # fmt: skip
+    return _changed(lm, columns, changes, position, site)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A change of low rank to the value vectors of one block: value vector i grows by Σ_r neurons[r, i] · hidden[r]."""
+
+    block: int
+    neurons: Float[Tensor, "rank neuron"]
+    hidden: Float[Tensor, "rank hidden"]
+
+
+@contextlib.contextmanager
+def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
+    """Context in which the value vectors are changed by all of `deltas`.
+
+    Raises ValueError, before anything changes, for no delta, a block that does not exist, another shape than the
+    model's, and numbers that are not finite.
+    """
+    if not deltas:
+        raise ValueError("no delta to apply; give at least one")
+    new: dict[int, Tensor] = {}
+    for delta in deltas:
+        if not 0 <= delta.block < len(lm.blocks):
+            raise ValueError(f"block {delta.block} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}")
+        old = arch.value_vectors(lm.model, lm.spec, delta.block)
+        shapes = tuple(delta.neurons.shape), tuple(delta.hidden.shape)
+        rank = len(delta.neurons)
+        if shapes != ((rank, old.shape[0]), (rank, old.shape[1])):
+            raise ValueError(
+                f"delta for block {delta.block} has shapes {shapes}; expected (rank, {old.shape[0]}) and "
+                f"(rank, {old.shape[1]})"
+            )
+        change = delta.neurons.to(lm.device).float().T @ delta.hidden.to(lm.device).float()
+        if not bool(torch.isfinite(change).all()):
+            raise ValueError(f"delta for block {delta.block} holds numbers that are not finite")
+        new[delta.block] = new.get(delta.block, old.float()) + change
+    places = {block: arch.projection(lm.model, lm.spec, block) for block in new}
+    before = {block: module.weight for block, module in places.items()}
+    try:
+        for block, module in places.items():
+            vectors = new[block].to(lm.dtype)
+            weight = vectors.T.contiguous() if isinstance(module, nn.Linear) else vectors
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for block, module in places.items():
+            module.weight = before[block]
+
+
+def value_update(
+    lm: LM, query: Query, new: str, neurons: Sequence[tuple[int, int]], scale: tuple[float, float] = (1.0, 8.0)
+) -> list[Delta]:
+    """The knowledge-neuron edit of Dai et al. 2022 (section 5.1), as deltas for `edited`.
+
+    From the value vector of each neuron it takes `scale[0]` times the output embedding of the query's target and adds
+    `scale[1]` times that of `new` (of their first tokens). Raises ValueError as `suppress` does.
+    """
+    old, wanted = (tokens.encode(lm, query, word).target[0] for word in (query.target, new))
+    table = lm.model.get_output_embeddings().weight.detach().float()
+    vector = scale[1] * table[wanted] - scale[0] * table[old]
+    deltas = []
+    for block, group in _blocks(lm, neurons, "all", "neuron"):
+        row = torch.zeros(1, lm.n_neurons, device=lm.device)
+        row[0, [i for _, i in group]] = 1
+        deltas.append(Delta(block, row, vector[None]))
+    return deltas
+
+
+def _blocks(lm: LM, neurons, position: str, site: str) -> list[tuple[int, list[tuple[int, int]]]]:
+    """The neurons by block, after all checks."""
+    if position not in ("target", "all"):
+        raise ValueError(f"unknown position {position!r}; choose 'target' or 'all'")
+    if site not in SITES or site not in lm.spec.sites:
+        raise ValueError(f"neurons cannot be changed at site {site!r}; {lm.spec.family} has {', '.join(SITES)}")
+    neurons = [tuple(neuron) for neuron in neurons]
+    if not neurons:
+        raise ValueError("no neurons given; the set must not be empty")
+    n_blocks, width = len(lm.blocks), lm.n_neurons
+    for neuron in neurons:
+        if len(neuron) != 2 or not all(isinstance(x, int) for x in neuron):
+            raise ValueError(f"a neuron is a pair (block, index) of whole numbers, got {neuron}")
+        if not (0 <= neuron[0] < n_blocks and 0 <= neuron[1] < width):
+            raise ValueError(
+                f"neuron {tuple(neuron)} does not exist; {lm.name} has blocks 0 to {n_blocks - 1}, "
+                f"neurons 0 to {width - 1}"
+            )
+    if len(set(neurons)) < len(neurons):
+        raise ValueError(f"neuron {Counter(neurons).most_common(1)[0][0]} is given twice")
+    return [(block, list(group)) for block, group in groupby(sorted(neurons), key=lambda neuron: neuron[0])]
+
+
+@contextlib.contextmanager
+def _changed(
+    lm: LM, columns: dict[int, list[int]], changes: dict[int, Callable[[Tensor], Tensor]], position: str, site: str
+) -> Iterator[None]:
+    """Hooks that pass `columns` of the site's state through `changes`, block by block, out of place."""
+    where: list[Int[Tensor, " query"]] = []  # the target positions, while the model runs
+
+    def change(x: Tensor, block: int) -> Tensor:
+        columns_here = torch.tensor(columns[block], device=x.device)
+        if position == "all":
+            return x.index_copy(-1, columns_here, changes[block](x[..., columns_here]))
+        if not where:
+            raise RuntimeError(
+                "an intervention at the target position knows that position only while the whole model runs; "
+                "use position='all' around attribution and replay"
+            )
+        at = torch.arange(len(x), device=x.device)[:, None], where[-1][:, None], columns_here
+        return x.index_put(at, changes[block](x[at]))
+
+    with contextlib.ExitStack() as hooks:
+        if position == "target":
+            base = lm.model.base_model
+
+            def find(module, args, kwargs):
+                where.append(target_position(lm, *args, **kwargs))
+
+            hooks.callback(base.register_forward_pre_hook(find, with_kwargs=True).remove)
+            hooks.callback(base.register_forward_hook(lambda *_: where.clear(), always_call=True).remove)
+        for block in columns:
+            hooks.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites[site], lambda x, b=block: change(x, b)))
+        yield
+
+
+def target_position(lm: LM, input_ids=None, attention_mask=None, **_) -> Int[Tensor, " query"]:
+    """Where a batch predicts its targets: the last token that is attended to, or the first mask of a masked model."""
+    if input_ids is None:
+        raise ValueError("the target position is found in input_ids; call the model with them, or use position='all'")
+    if lm.spec.masked:
+        masks = input_ids == lm.tokenizer.mask_token_id
+        if not bool(masks.any(1).all()):
+            raise ValueError("a prompt has no mask token, so no target position; use position='all'")
+        return masks.int().argmax(1)
+    if attention_mask is None or attention_mask.dim() != 2:
+        return torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
+    here = attention_mask[:, -input_ids.shape[1] :]
+    return (here * torch.arange(here.shape[1], device=here.device)).argmax(1)
