@@ -8,7 +8,7 @@ those of `interventions.suppress` and `enhance` around a run of the whole model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
