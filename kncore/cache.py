@@ -26,9 +26,9 @@ def scores_folder() -> Path:
 
 
 @cache
-def code_version() -> str:
-    """Hash of the code that computes scores."""
-    texts = [Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8") for module in CODE]
+def code_version(modules: tuple[str, ...] = CODE) -> str:
+    """Hash of the text of some modules; by default of the code that computes scores."""
+    texts = [Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8") for module in modules]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 

@@ -1,27 +1,49 @@
 """The claims of the book: each declared once with the rule of its verdict, recorded per model, shown from the records.
 
-A rule speaks about the interval of one number, the metric, and is fixed here before the number is known.
+A rule speaks about the interval of one number, the metric, and is fixed here before the number is known. A record is
+sealed by a checksum and names the code that made it: one that was edited, or that other code made, is stale.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 
-from kncore.cache import code_version
+from kncore import cache
 from kncore.models import LM
 from kncore.stats import Estimate
 
 VERDICTS = ("supported", "contradicted", "inconclusive")
+# The modules whose text can decide a number of a record. This one is not among them: rule and verdict are compared.
+CODE = (
+    "arch",
+    "attribution",
+    "cache",
+    "effects",
+    "grammar",
+    "interventions",
+    "models",
+    "neurons",
+    "predictions",
+    "public",
+    "replay",
+    "stats",
+    "tasks",
+    "tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -224,7 +246,7 @@ CLAIMS: dict[str, Claim] = {
             "05",
             "The effect of an edit follows how often the words go together.",
             "3",
-            "slope of the loss on determiner-noun association, given frequency and irregularity, in standard deviations",
+            "slope of the loss on determiner-noun association, given frequency and irregularity (standardised)",
             "above",
             0.0,
             30,
@@ -249,6 +271,23 @@ def results_folder() -> Path:
         return Path(os.environ["KNCORE_RESULTS"])
     here = Path.cwd()
     return next((f / "results" for f in (here, *here.parents) if (f / "_toc.yml").is_file()), here / "results")
+
+
+@functools.cache
+def code_version() -> str:
+    """Hash of all in the package that can decide a number of a record: the modules in `CODE` and the data files."""
+    digest = hashlib.sha256(cache.code_version(CODE).encode())
+    data = Path(__file__).with_name("data")
+    for path in sorted(data.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            digest.update(f"\0{path.relative_to(data).as_posix()}\0".encode())
+            digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
+
+
+def package_version(name: str = "kncore") -> str:
+    """The installed version of a package without its local part, e.g. 2.13.0 for 2.13.0+cpu."""
+    return version(name).partition("+")[0]
 
 
 @dataclass(frozen=True)
@@ -281,11 +320,14 @@ def record(
     """Write `<results>/<model>/<claim>.json` in one step and return the verdict.
 
     `known` lowers n to the number of units that the model knows: unknown ones are no evidence either way. `parameters`
-    are kept as they are given. Raises KeyError for a claim that is not declared and ValueError for an estimate that is
-    not a number.
+    are kept as they are given. `date` is the day (UTC) on which these numbers were first recorded: a record that says
+    the same on another date stays as it is. Raises KeyError for a claim that is not declared and ValueError for an
+    estimate that is not a number.
     """
     if known is not None:
         estimate = estimate._replace(n=min(estimate.n, known))
+    # Six digits are more than an estimate has: stored records then agree between machines.
+    estimate = Estimate(*(float(f"{value:.6g}") for value in estimate[:3]), int(estimate.n))
     claim = CLAIMS[claim_id]
     told = {
         "claim": claim.id,
@@ -294,7 +336,7 @@ def record(
         "metric": claim.metric,
         "rule": claim.rule,
         "verdict": claim.verdict(estimate),
-        **{name: _number(value) for name, value in estimate._asdict().items()},
+        **{name: value if math.isfinite(value) else None for name, value in estimate._asdict().items()},
         "model": lm.name,
         "revision": lm.revision,
         "dtype": str(lm.dtype).removeprefix("torch."),
@@ -302,11 +344,13 @@ def record(
         "seed": seed,
         "parameters": parameters,
         "code": code_version(),
-        "versions": {
-            name: version(name).partition("+")[0] for name in ("kncore", "torch", "transformers", "numpy", "scipy")
-        },
+        "versions": {name: package_version(name) for name in ("kncore", "torch", "transformers", "numpy", "scipy")},
+        "date": _today(),
     }
-    target = results_folder() / lm.name.replace("/", "--") / f"{claim.id}.json"
+    told["checksum"] = checksum(told)
+    target = results_folder() / _place(told)
+    if _stands(target, told):
+        return Verdict(claim, estimate, lm.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, scratch = tempfile.mkstemp(dir=target.parent, suffix=".part")
     try:
@@ -321,11 +365,60 @@ def record(
     return Verdict(claim, estimate, lm.name)
 
 
-def _number(value: float) -> float | int | None:
-    """Six digits, which is more than an estimate has: stored records then agree between machines."""
-    if isinstance(value, int):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def _place(told: Mapping) -> Path:
+    return Path(told["model"].replace("/", "--"), f"{told['claim']}.json")
+
+
+def checksum(told: Mapping) -> str:
+    """Hash of a record: of all its fields but `checksum`, as JSON with sorted keys."""
+    fields = {name: value for name, value in told.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _stands(path: Path, told: Mapping) -> bool:
+    """True if the file is a record as it was written and says the same as `told` on whatever date."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        return old["checksum"] == checksum(old) and checksum({**old, "date": ""}) == checksum({**told, "date": ""})
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def keep_dates(results: Path, earlier: Path) -> None:
+    """Put the records below `earlier` in the place of those below `results` that say the same on another date."""
+    for path in results.glob("*/*.json"):
+        old = earlier / path.relative_to(results)
+        if _stands(old, json.loads(path.read_text(encoding="utf-8"))):
+            shutil.copyfile(old, path)
+
+
+def stale(told: Mapping) -> list[str]:
+    """Why a record no longer stands, in plain words; empty for a record that this code would write again.
+
+    Of a record that was edited nothing else is believed, and so nothing else is compared.
+    """
+    if "checksum" not in told:
+        return ["it has no checksum"]
+    if told["checksum"] != checksum(told):
+        return ["edited after it was recorded"]
+    claim, package = CLAIMS[told["claim"]], told["versions"]["kncore"]
+    found = {
+        "the code has changed since": told["code"] != code_version(),
+        "the rule has changed since": told["rule"] != claim.rule,
+        "the metric has changed since": told["metric"] != claim.metric,
+        "the rule now gives another verdict": told["verdict"] != claim.verdict(_estimate(told)),
+        f"recorded with kncore {package}, this is {package_version()}": package != package_version(),
+    }
+    return [reason for reason, holds in found.items() if holds]
+
+
+def _estimate(told: Mapping) -> Estimate:
+    low, high = (end if told[name] is None else told[name] for name, end in (("low", -math.inf), ("high", math.inf)))
+    return Estimate(told["value"], low, high, told["n"])
 
 
 def read(results: Path) -> list[Mapping]:
@@ -335,8 +428,10 @@ def read(results: Path) -> list[Mapping]:
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
             place = list(CLAIMS).index(told["claim"]), told["model"]
-            Estimate(told["value"], told["low"], told["high"], told["n"])
+            CLAIMS[told["claim"]].verdict(_estimate(told))
             VERDICTS.index(told["verdict"])
+            if path != results / _place(told):
+                raise ValueError(f"its place is {_place(told).as_posix()}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not a record of a declared claim ({type(error).__name__}: {error}); make it anew with "
@@ -347,26 +442,29 @@ def read(results: Path) -> list[Mapping]:
 
 
 def table(results: Path) -> pd.DataFrame:
-    """The claims with their verdicts, one row per claim and model; claims without a record say `not run`."""
+    """The claims with their verdicts, one row per claim and model; claims without a record say `not run`.
+
+    The verdict of a stale record is followed by `(stale)`.
+    """
     records = read(Path(results))
     rows = []
     for claim in CLAIMS.values():
         for told in [r for r in records if r["claim"] == claim.id] or [None]:
-            effect = "" if told is None else _effect(told)
             rows.append(
                 {
                     "chapter": claim.chapter,
                     "claim": claim.statement,
                     "model": "" if told is None else told["model"],
-                    "effect [95 % interval]": effect,
+                    "effect [95 % interval]": "" if told is None else effect(told),
                     "n": "" if told is None else told["n"],
-                    "verdict": "not run" if told is None else told["verdict"],
+                    "verdict": "not run" if told is None else told["verdict"] + " (stale)" * bool(stale(told)),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _effect(told: Mapping) -> str:
+def effect(told: Mapping) -> str:
+    """The estimate of a record with its interval, as text; `?` stands for an end that is not finite."""
     low, high = ("?" if told[end] is None else f"{told[end]:.2f}" for end in ("low", "high"))
     return f"{told['value']:.2f} [{low}, {high}]"
 

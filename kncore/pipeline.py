@@ -347,15 +347,19 @@ def _move(source: Path, target: Path) -> None:
 def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     """Render the book into _build/html from a staging folder; with `execute` the notebooks are run there first.
 
-    The tracked files are only read. Raises RunError where a notebook fails or the build warns; the log is in
-    _build/book.log and the pages that stood in _build/html before stay.
+    The tracked files are only read. A record that says what the tracked one says keeps that one's date; one of the
+    notebooks' own model that no notebook makes any more is left out. Raises RunError where a notebook fails or the
+    build warns; the log is in _build/book.log and the pages that stood in _build/html before stay.
     """
     staging = stage(root)
     if execute:
+        from kncore import claims
+
         for chapter in chapters(root):
             shutil.rmtree(staging / "results" / slug(str(chapter.defaults.get("model"))), ignore_errors=True)
         run(root, out=staging / "notebooks", results=staging / "results", timeout=timeout)
-    write(staging / "book" / "generated" / "claims.md", claims_table(staging / "results"))
+        claims.keep_dates(staging / "results", root / "results")
+    generate(staging)
 
     print("rendering ...", end=" ", flush=True)
     begun = time.monotonic()
@@ -397,13 +401,38 @@ def stage(root: Path) -> Path:
     contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
     runs = sorted((staging / "book" / "runs").glob("*/*.ipynb"))
     if runs:
+        for path in runs:
+            _relink(path, staging / "notebooks")
         files = [{"file": path.relative_to(staging).with_suffix("").as_posix()} for path in runs]
         contents["parts"].append({"caption": "The same on other models", "chapters": files})
     write(staging / "_toc.yml", yaml.safe_dump(contents, sort_keys=False))
     return staging
 
 
+def _relink(run: Path, notebooks: Path) -> None:
+    """Make the relative links of a run, which were written in notebooks/, lead where they lead from there."""
+
+    def target(match: re.Match) -> str:
+        here, there = run.parent / match[0], notebooks / match[0]
+        moved = not here.exists() and there.exists()
+        return Path(os.path.relpath(there, run.parent)).as_posix() if moved else match[0]
+
+    nb = nbformat.read(run, as_version=4)
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"(?<=\]\()[^)\s:#]+", target, cell.source)
+    write(run, stored.dumps(nb))
+
+
 # -------------------------------------------------------------------------------------------------- claims
+
+
+def generate(staging: Path) -> None:
+    """Write what the pages of book/ include from book/generated/: table of claims, matrix, provenance."""
+    folder = staging / "book" / "generated"
+    write(folder / "claims.md", claims_table(staging / "results"))
+    write(folder / "matrix.md", claims_matrix(staging))
+    write(folder / "provenance.md", provenance(staging / "results"))
 
 
 def claims_table(results: Path) -> str:
@@ -414,6 +443,69 @@ def claims_table(results: Path) -> str:
     rows = [[str(column) for column in frame.columns], ["---"] * len(frame.columns)]
     rows += [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def claims_matrix(staging: Path) -> str:
+    """All declared claims × the models that have a record, as Markdown for a page in book/.
+
+    A cell holds the verdict, linked to the page of the chapter on that model where the book has one, the effect with
+    its interval, n, and what makes the record stale. The notebooks' own model comes first.
+    """
+    from kncore import claims
+
+    records = {(told["claim"], told["model"]): told for told in claims.read(staging / "results")}
+    found = {chapter.number: chapter for chapter in chapters(staging)}
+    own = {chapter.defaults.get("model") for chapter in found.values()}
+    models = sorted({model for _, model in records}, key=lambda model: (model not in own, model))
+
+    def page(chapter: str, model: str) -> str | None:
+        if chapter not in found:
+            return None
+        name = found[chapter].path.name
+        if model == found[chapter].defaults.get("model"):
+            return f"../notebooks/{name}"
+        run = f"runs/{slug(model)}/{name}"
+        return run if (staging / "book" / run).is_file() else None
+
+    def cell(claim: claims.Claim, model: str) -> list[str]:
+        told = records.get((claim.id, model))
+        if told is None:
+            return ["[not run]{.not-run}"]
+        target, reasons = page(claim.chapter, model), claims.stale(told)
+        word = f"[{told['verdict']}]({target})" if target else told["verdict"]
+        marked = [f"[{word}]{{.{told['verdict']}{' .outdated' * bool(reasons)}}}"]
+        marked += [f"[stale: {_text('; '.join(reasons))}]{{.stale}}"] * bool(reasons)
+        return [*marked, f"{_text(claims.effect(told))}", f"n = {told['n']}"]
+
+    rows = [["Claim", *map(_code, models)]]
+    for claim in claims.CLAIMS.values():
+        said = [_text(claim.statement), f"[Chapter {claim.chapter}: {_text(claim.metric)}]{{.metric}}"]
+        rows.append([said, *(cell(claim, model) for model in models)])
+    return _list_table(rows, "matrix", stub=True)
+
+
+def provenance(results: Path) -> str:
+    """What each record was made from, as Markdown: one row per record."""
+    from kncore import claims
+
+    rows = [["Claim", "Model", "Revision", "Source", "Seed", "n", "Code", "kncore", "Date"]]
+    for told in claims.read(results):
+        kncore = told.get("versions", {}).get("kncore", "")
+        short = (str(told.get(name, ""))[:8] for name in ("revision", "code"))
+        revision, code = (_code(text) if text else "" for text in short)
+        plain = (told.get("source", ""), told.get("seed", ""), told["n"])
+        rows.append([_code(told["claim"]), _code(told["model"]), revision, *map(_text, plain), code])
+        rows[-1] += [_text(kncore), _text(told.get("date", "not recorded"))]
+    return _list_table(rows, "provenance") if rows[1:] else "No claim has a record yet.\n"
+
+
+def _list_table(rows: Sequence[Sequence[str | Sequence[str]]], kind: str, stub: bool = False) -> str:
+    lines = ["```{list-table}", ":header-rows: 1", f":class: {kind}", *([":stub-columns: 1"] if stub else []), ""]
+    for row in rows:
+        for bullet, cell in zip(["* -", *["  -"] * (len(row) - 1)], row, strict=True):
+            first, *rest = [cell] if isinstance(cell, str) else cell
+            lines += [f"{bullet} {first}".rstrip(), *(line for text in rest for line in ("", f"    {text}"))]
+    return "\n".join([*lines, "```"]) + "\n"
 
 
 def readme(root: Path) -> str:
@@ -429,3 +521,13 @@ def readme(root: Path) -> str:
 def _cell(value: object) -> str:
     text = f"{value:.3g}" if isinstance(value, float) else str(value)
     return " ".join(text.replace("|", "\\|").split())
+
+
+def _text(value: object) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(str(value).split()))
+
+
+def _code(value: str) -> str:
+    fence = "`" * (max(map(len, re.findall("`+", value)), default=0) + 1)
+    return f"{fence} {' '.join(value.split())} {fence}"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
+from statsmodels.regression.linear_model import OLS
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 RESAMPLES = 5000
@@ -22,6 +26,15 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
+
+
+class Paired(NamedTuple):
+    """A paired comparison: mean difference, its size in standard deviations, and two two-sided p values."""
+
+    difference: Estimate
+    effect: float
+    p_t: float
+    p_wilcoxon: float
 
 
 def cluster_means(values: Sequence[float], clusters: Sequence | None = None) -> np.ndarray:
@@ -69,7 +82,184 @@ def share(flags: Sequence[bool]) -> Estimate:
     return Estimate(float(flags.mean()), float(low), float(high), len(flags))
 
 
-def _bootstrap(groups: tuple[np.ndarray, ...], statistic, seed: int) -> tuple[float, float]:
+def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence | None = None, seed: int = 0) -> Paired:
+    """What changed from `before` to `after`, item by item; the units are clusters where there are any.
+
+    `difference` is the mean of after − before with its interval as in `mean`; `effect` is Cohen's d_z, that mean over
+    the standard deviation of the units' differences (ddof 1). The p values are of Student's paired t test and of
+    Wilcoxon's signed-rank test, which drops units without a difference and cannot fall below 2^(1−n).
+
+    Spread below rounding error (1e-12 of the largest value) counts as none. Where nothing differs, the effect is 0 and
+    both p are 1. Where all units differ by the same amount, the effect is infinite and p_t is 0, the limit of t; p of
+    Wilcoxon is what n allows. With one unit the effect is undefined (nan) and both p are 1.
+    """
+    first, second = _pair(before, after, clusters)
+    units = second - first
+    noise = 1e-12 * max(np.abs(first).max(), np.abs(second).max())
+    if np.ptp(units) <= noise:
+        units = np.full(len(units), units.mean() if abs(units.mean()) > noise else 0.0)
+    gap = mean(units, seed=seed)
+    if len(units) < 2:
+        return Paired(gap, math.nan, 1.0, 1.0)
+    if not units.any():
+        return Paired(gap, 0.0, 1.0, 1.0)
+    p_wilcoxon = float(stats.wilcoxon(units).pvalue)
+    if not np.ptp(units):
+        return Paired(gap, math.copysign(math.inf, gap.value), 0.0, p_wilcoxon)
+    return Paired(gap, gap.value / float(units.std(ddof=1)), float(stats.ttest_1samp(units, 0).pvalue), p_wilcoxon)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down p values of a family of tests, in the order given: at most α of families hold a false p ≤ α."""
+    p_values = np.asarray(p_values, dtype=float)
+    if not ((p_values >= 0) & (p_values <= 1)).all():
+        raise ValueError(
+            f"expected p values from 0 to 1, got {p_values[~((p_values >= 0) & (p_values <= 1))].tolist()}"
+        )
+    return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
+
+
+def family(comparisons: Mapping[str, tuple], seed: int = 0) -> pd.DataFrame:
+    """The table of a family of paired tests; each comparison is (before, after) or (before, after, clusters)."""
+    return table({name: paired(*values, seed=seed) for name, values in comparisons.items()})
+
+
+def table(tests: Mapping[str, Paired]) -> pd.DataFrame:
+    """One row per test of a family, numbers as text; Holm's correction is over all rows, by Wilcoxon's p values."""
+    corrected = holm([test.p_wilcoxon for test in tests.values()])
+    rows = [
+        (
+            name,
+            test.difference.n,
+            _signed(test.difference),
+            "–" if math.isnan(test.effect) else f"{test.effect:+.2f}",
+            *("< 0.001" if p < 0.001 else f"{p:.3f}" for p in (test.p_t, test.p_wilcoxon, p_holm)),
+        )
+        for (name, test), p_holm in zip(tests.items(), corrected, strict=True)
+    ]
+    effects = ["difference [95 %]", "effect size d"]
+    return pd.DataFrame(rows, columns=["comparison", "n", *effects, "p (t)", "p (Wilcoxon)", "p (Wilcoxon, Holm)"])
+
+
+def relative_change(
+    before: Sequence[float], after: Sequence[float], clusters: Sequence | None = None, seed: int = 0
+) -> Estimate:
+    """The paper's edit effect, (B − A)/min(A, B) of the means A before and B after, of probabilities: +1 is doubled,
+    −1 halved.
+
+    The bootstrap (percentile) resamples pairs, or clusters of pairs; a limit is infinite where a resampled mean is 0.
+    Raises ValueError for negative values, and where one side is 0 throughout.
+    """
+    first, second = _pair(before, after, clusters)
+    for name, values, units in (("before", before, first), ("after", after, second)):
+        if (np.asarray(values) < 0).any():
+            raise ValueError(f"values {name} reach down to {np.min(values)}; a relative change needs probabilities")
+        if not units.any():
+            raise ValueError(f"all values {name} are 0, so the relative change is unbounded; compare differences")
+    tiny = np.finfo(float).tiny  # keeps the logarithm of a resampled 0 finite and is lost in any other mean
+
+    def log_ratio(a, b, axis=-1):
+        return np.log(np.mean(b, axis=axis) + tiny) - np.log(np.mean(a, axis=axis) + tiny)
+
+    def change(log):
+        return math.copysign(math.expm1(abs(log)) if abs(log) < 600 else math.inf, log)
+
+    limits = _bootstrap((first, second), log_ratio, seed, jointly=True)
+    return Estimate(change(float(log_ratio(first, second))), *map(change, limits), len(first))
+
+
+def ratio(
+    numerator: Sequence[float], denominator: Sequence[float], clusters: Sequence | None = None, seed: int = 0
+) -> Estimate:
+    """Mean of `numerator` over mean of `denominator`, pair by pair, with a bootstrap interval (percentile; pairs or
+    clusters of pairs are resampled).
+
+    The interval is the whole line where that of the denominator's mean reaches 0. Raises ValueError if that mean is 0.
+    """
+    top, bottom = _pair(numerator, denominator, clusters)
+    below = mean(bottom, seed=seed)
+    if not below.value:
+        raise ValueError("the denominator's mean is 0, so there is no ratio; compare differences")
+
+    def quotient(a, b, axis=-1):
+        return np.mean(a, axis=axis) / np.mean(b, axis=axis)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        limits = _bootstrap((top, bottom), quotient, seed, jointly=True)
+    if below.low <= 0 <= below.high or not np.isfinite(limits).all():
+        limits = -math.inf, math.inf
+    return Estimate(float(quotient(top, bottom)), *limits, len(top))
+
+
+def regression(
+    outcome: Sequence[float],
+    predictors: Mapping[str, Sequence[float]],
+    standardise: bool = True,
+    clusters: Sequence | None = None,
+) -> dict[str, Estimate]:
+    """Slopes of a least-squares fit with intercept; n is the number of rows, or of clusters.
+
+    Intervals are Student's t with HC3 standard errors, or with cluster-robust ones (df: clusters − 1). With
+    `standardise`, the outcome and every predictor but those of 0 and 1 only are z-scored (ddof 1): a slope is in
+    standard deviations of the outcome per standard deviation, or from 0 to 1.
+
+    Raises ValueError for columns of different length, values that are not finite, constant or collinear columns, fewer
+    units than predictors + 2, and a slope that no unit but one tells anything about.
+    """
+    units = len(cluster_means(outcome, clusters))
+    if not predictors or units < len(predictors) + 2:
+        least = f"at least one predictor and {len(predictors) + 2} rows (clusters, where given)"
+        raise ValueError(f"{units} rows (clusters) for {len(predictors)} predictors; expected {least}")
+    columns = {"the outcome": outcome, **{f"predictor {name!r}": values for name, values in predictors.items()}}
+    for label, values in columns.items():
+        columns[label] = values = np.asarray(values, dtype=float)
+        if values.shape != np.shape(outcome):
+            raise ValueError(
+                f"{label} has shape {values.shape}, the outcome {np.shape(outcome)}; expected one row each"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"{label}: {(~np.isfinite(values)).sum()} values are not finite; drop or explain them")
+        if not np.ptp(values):
+            raise ValueError(f"{label} is constant ({values[0]:g}), so it has no slope; leave it out")
+
+    scores = np.column_stack([stats.zscore(values, ddof=1) for values in columns.values()])
+    if np.linalg.matrix_rank(scores[:, 1:]) < len(predictors):
+        raise ValueError(f"predictors {', '.join(predictors)} are collinear, so slopes are not unique; leave one out")
+    ones = np.ones(len(scores))
+    _, groups = np.unique(range(len(scores)) if clusters is None else np.asarray(clusters, str), return_inverse=True)
+    # A unit with leverage 1 is fitted exactly: its residual, and with it the standard error, says nothing.
+    basis = np.linalg.qr(np.column_stack([ones, scores[:, 1:]])).Q
+    leverage = np.zeros((units, basis.shape[1], basis.shape[1]))
+    np.add.at(leverage, groups, basis[:, :, None] * basis[:, None, :])
+    if (np.linalg.eigvalsh(leverage) > 1 - 1e-9).any():
+        raise ValueError("a slope rests on one row (cluster) alone, so its spread is unknown; leave that predictor out")
+
+    values = np.column_stack(list(columns.values()))
+    if standardise:
+        binary = ((values == 0) | (values == 1)).all(axis=0)
+        binary[0] = False
+        values = np.where(binary, values, scores)
+    robust = {"cov_type": "HC3"} if clusters is None else {"cov_type": "cluster", "cov_kwds": {"groups": groups}}
+    fit = OLS(values[:, 0], np.column_stack([ones, values[:, 1:]])).fit(use_t=True, **robust)
+    slopes = np.column_stack([fit.params, fit.conf_int()])[1:].tolist()
+    return {name: Estimate(*slope, units) for name, slope in zip(predictors, slopes, strict=True)}
+
+
+def _pair(first: Sequence[float], second: Sequence[float], clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} values cannot be paired with {len(second)}; expected two of every item")
+    return cluster_means(first, clusters), cluster_means(second, clusters)
+
+
+def _signed(estimate: Estimate) -> str:
+    """Two decimals, and more where the whole interval is so near to 0 that they would show none of it."""
+    size = max((abs(x) for x in estimate[:3] if x and math.isfinite(x)), default=1)
+    digits = max(2, 1 - math.floor(math.log10(size)))
+    return f"{estimate.value:+.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def _bootstrap(groups: tuple[np.ndarray, ...], statistic, seed: int, jointly: bool = False) -> tuple[float, float]:
+    """Limits of the 95 % interval; groups are resampled each on its own, or `jointly` where their rows are pairs."""
     if any(len(group) < 2 for group in groups):
         return float("-inf"), float("inf")  # one unit says nothing about the spread
     if all(np.ptp(group) == 0 for group in groups):
@@ -77,5 +267,6 @@ def _bootstrap(groups: tuple[np.ndarray, ...], statistic, seed: int) -> tuple[fl
         return only, only
     method = "BCa" if len(groups) == 1 else "percentile"
     rng = np.random.default_rng(seed)
-    found = stats.bootstrap(groups, statistic, n_resamples=RESAMPLES, method=method, rng=rng, vectorized=True)
+    settings = {"n_resamples": RESAMPLES, "method": method, "paired": jointly, "vectorized": True}
+    found = stats.bootstrap(groups, statistic, rng=rng, **settings)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom, t, ttest_rel, wilcoxon
 
 from kncore import stats
 from kncore.stats import Estimate
 
 NUMBERS = st.lists(st.floats(-1e3, 1e3).map(lambda x: round(x, 3)), min_size=2, max_size=30)
+PAIRS = st.lists(st.tuples(st.integers(-999, 999), st.integers(-999, 999)), min_size=2, max_size=20)
+PROBABILITIES = st.lists(st.tuples(st.floats(1e-6, 1), st.floats(1e-6, 1)), min_size=2, max_size=20)
 
 
 @pytest.fixture
@@ -140,6 +143,337 @@ def test_one_constant_group_leaves_the_spread_of_the_other():
     assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
 
 
+# Paired tests
+
+
+def test_a_paired_comparison_by_hand():
+    """Differences 1, −2, 3, 4, 4: mean 2, variance (1 + 16 + 1 + 4 + 4)/4 = 6.5; the ranks of −2 are 2 of 15."""
+    found = stats.paired([0, 2, 1, 1, 0], [1, 0, 4, 5, 4])
+    assert (found.difference.value, found.difference.n) == (2, 5)
+    assert found.effect == pytest.approx(2 / math.sqrt(6.5))
+    assert found.p_t == pytest.approx(2 * t.sf(2 / math.sqrt(6.5 / 5), 4))
+    untied = stats.paired([0] * 5, [1, -2, 3, 4, 5])
+    assert untied.p_wilcoxon == pytest.approx(6 / 32)  # rank sums 0, 1 and 2 have one way each, on either side
+
+
+def test_paired_tests_are_those_of_scipy_over_cluster_means():
+    rng = np.random.default_rng(10)
+    before, after = rng.normal(size=(2, 60))
+    clusters = np.repeat(range(20), 3)
+    for found, (one, two) in (
+        (stats.paired(before, after), (before, after)),
+        (stats.paired(before, after, clusters), (before.reshape(20, 3).mean(1), after.reshape(20, 3).mean(1))),
+    ):
+        assert found.p_t == pytest.approx(ttest_rel(two, one).pvalue)
+        assert found.p_wilcoxon == pytest.approx(wilcoxon(two, one).pvalue)
+        assert found.effect == pytest.approx(np.mean(two - one) / np.std(two - one, ddof=1))
+        assert found.difference == stats.mean(two - one)
+
+
+@settings(deadline=None, max_examples=40)
+@given(PAIRS)
+def test_swapping_before_and_after_turns_the_sign_and_keeps_the_p_values(pairs):
+    before, after = np.transpose(pairs)
+    there, back = stats.paired(before, after), stats.paired(after, before)
+    value, low, high, n = there.difference
+    assert tuple(back.difference) == pytest.approx((-value, -high, -low, n), rel=1e-6, abs=1e-6)
+    assert back.effect == pytest.approx(-there.effect)
+    assert (back.p_t, back.p_wilcoxon) == pytest.approx((there.p_t, there.p_wilcoxon), abs=1e-12)
+    assert 0 <= there.p_t <= 1 and 0 <= there.p_wilcoxon <= 1
+
+
+def test_pairs_without_spread():
+    nothing = stats.paired([0.1, 0.2, 0.7], [0.1, 0.2, 0.7])
+    assert nothing == ((0, 0, 0, 3), 0, 1, 1)
+    one = stats.paired([1.0, 3.0], [2.0, 6.0], ["a", "a"])
+    assert one.difference == (2, -math.inf, math.inf, 1)
+    assert math.isnan(one.effect) and (one.p_t, one.p_wilcoxon) == (1, 1)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_errors_are_no_spread(sign):
+    before = np.array([0.1, 0.2, 0.3, 0.7])
+    after = before + sign * 0.1
+    assert np.ptp(after - before) > 0
+    found = stats.paired(before, after)
+    assert found.difference == pytest.approx((sign * 0.1, sign * 0.1, sign * 0.1, 4))
+    assert (found.effect, found.p_t, found.p_wilcoxon) == (sign * math.inf, 0, 2 / 2**4)
+    assert stats.paired(before, after - sign * 0.1).effect == 0
+
+
+def test_values_repeated_within_clusters_add_no_evidence():
+    rng = np.random.default_rng(11)
+    before, clusters = rng.uniform(0.2, 0.8, 15), np.arange(15)
+    after = before + rng.normal(0.05, 0.12, 15)
+    many = [np.repeat(values, 10) for values in (before, after)]
+    once, again = (stats.paired(before, after, clusters), stats.paired(*many, np.repeat(clusters, 10)))
+    assert tuple(again.difference) == pytest.approx(tuple(once.difference))
+    assert again[1:] == pytest.approx(once[1:])
+    pretended = stats.paired(*many)
+    assert pretended.p_t < 0.1 * once.p_t and pretended.p_wilcoxon < 0.1 * once.p_wilcoxon
+    for function in (stats.relative_change, stats.ratio):
+        once, again = function(before, after, clusters), function(*many, np.repeat(clusters, 10))
+        assert tuple(again) == pytest.approx(tuple(once))
+        pretended = function(*many)
+        assert pretended.high - pretended.low < 0.5 * (once.high - once.low)
+
+
+# Families of tests
+
+
+def test_holm_by_hand():
+    """Sorted p times 4, 3, 2, 1, never falling, at most 1."""
+    assert stats.holm([0.02, 0.01, 0.03, 0.5]) == pytest.approx([0.06, 0.04, 0.06, 0.5])
+    assert stats.holm([0.6, 0.6]) == [1, 1]
+    assert stats.holm([0.04]) == [0.04]
+    assert stats.holm([]) == []
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_keeps_the_order_and_only_raises(p_values):
+    found = stats.holm(p_values)
+    assert all(p - 1e-12 <= corrected <= 1 for p, corrected in zip(p_values, found, strict=True))
+    ordered = [corrected for _, corrected in sorted(zip(p_values, found, strict=True))]
+    assert ordered == sorted(ordered)
+    assert min(found) == pytest.approx(min(1, len(found) * min(p_values)))
+
+
+def test_shuffled_labels_show_nothing_after_correction(monkeypatch):
+    """Twenty comparisons that all differ: found as they are, and by chance only once before and after are swapped."""
+    monkeypatch.setattr(stats, "RESAMPLES", 50)
+    rng, rounds = np.random.default_rng(12), 100
+    before = rng.normal(size=(20, 14))
+    after = before + rng.normal(1.5, 0.6, before.shape)
+
+    def false(first, second):
+        tests = [stats.paired(one, two) for one, two in zip(first, second, strict=True)]
+        return np.array([[test.p_t for test in tests], [test.p_wilcoxon for test in tests]])
+
+    assert all(max(stats.holm(p)) < 0.05 for p in false(before, after))
+    shuffled = []
+    for _ in range(rounds):
+        swap = rng.random(before.shape) < 0.5
+        shuffled.append(false(np.where(swap, after, before), np.where(swap, before, after)))
+    for p in np.moveaxis(shuffled, 1, 0):
+        corrected = sum(min(stats.holm(family)) <= 0.05 for family in p)
+        assert corrected <= binom.ppf(0.99, rounds, 0.05), corrected
+        plain = (p.min(axis=1) <= 0.05).sum()
+        assert plain > binom.ppf(0.9999, rounds, 0.05), plain
+
+
+def test_labels_shuffled_by_cluster_show_nothing_only_if_clusters_are_the_units(monkeypatch):
+    monkeypatch.setattr(stats, "RESAMPLES", 50)
+    rng, rounds = np.random.default_rng(13), 200
+    clusters = np.repeat(range(12), 6)
+    gaps = rng.normal(1, 0.5, 12)[clusters] + rng.normal(0, 0.2, len(clusters))
+    signs = rng.choice([-1, 1], (rounds, 12))[:, clusters]
+    kept = [stats.paired(np.zeros(len(gaps)), sign * gaps, clusters)[2:] for sign in signs]
+    pretended = [stats.paired(np.zeros(len(gaps)), sign * gaps)[2:] for sign in signs]
+    assert (np.mean(np.array(kept) <= 0.05, axis=0) <= binom.ppf(0.99, rounds, 0.05) / rounds).all()
+    assert (np.mean(np.array(pretended) <= 0.05, axis=0) > 0.3).all()
+
+
+def test_the_table_of_a_family():
+    rng = np.random.default_rng(14)
+    comparisons = {
+        "clear": (np.zeros(30), rng.normal(3, 1, 30)),
+        "by lemma": (np.zeros(30), rng.normal(-0.3, 1, 30), np.repeat(range(10), 3)),
+        "unmoved": ([0.5, 0.5], [0.5, 0.5], None),
+        "one": ([1.0], [0.5]),
+    }
+    frame = stats.family(comparisons, seed=3)
+    tests = {name: stats.paired(*values, seed=3) for name, values in comparisons.items()}
+    assert frame.equals(stats.table(tests))
+    assert frame["comparison"].tolist() == list(comparisons)
+    assert frame["n"].tolist() == [30, 10, 2, 1]
+    clear, lemma, unmoved, one = frame.drop(columns=["comparison", "n"]).to_numpy().tolist()
+    value, low, high, _ = tests["clear"].difference
+    assert clear == [f"+{value:.2f} [{low:.2f}, {high:.2f}]", f"+{tests['clear'].effect:.2f}", *["< 0.001"] * 3]
+    assert lemma[0].startswith("-0.") and lemma[1].startswith("-")
+    p = tests["by lemma"].p_wilcoxon
+    assert lemma[3:] == [f"{p:.3f}", f"{min(1, 3 * p):.3f}"]  # the second smallest of four
+    assert unmoved == ["+0.00 [0.00, 0.00]", "+0.00", "1.000", "1.000", "1.000"]
+    assert one == ["-0.50 [-inf, inf]", "–", "1.000", "1.000", "1.000"]
+    assert stats.family({}).columns.tolist() == frame.columns.tolist()
+
+
+def test_small_differences_keep_digits_that_say_something():
+    def text(*numbers):
+        return stats.table({"a": stats.Paired(Estimate(*numbers, 9), 1.0, 0.0004, 0.0126)}).iloc[0].tolist()[2:]
+
+    assert text(0.12, 0.03, 0.2) == ["+0.12 [0.03, 0.20]", "+1.00", "< 0.001", "0.013", "0.013"]
+    assert text(-0.0023, -0.004, 0.0001)[0] == "-0.0023 [-0.0040, 0.0001]"
+    assert text(0.5, -math.inf, math.inf)[0] == "+0.50 [-inf, inf]"
+
+
+# Relative changes and ratios
+
+
+def test_relative_changes_by_hand():
+    assert stats.relative_change([0.1, 0.3], [0.2, 1.0]).value == pytest.approx(2)  # 0.2 to 0.6
+    assert stats.relative_change([0.2, 1.0], [0.1, 0.3]).value == pytest.approx(-2)
+    assert stats.relative_change([0.4], [0.6]) == (pytest.approx(0.5), -math.inf, math.inf, 1)
+    assert stats.relative_change([0.1, 0.1, 0.4], [0.2, 0.2, 0.4], ["a", "a", "b"]).value == pytest.approx(0.05 / 0.25)
+    assert stats.relative_change([0.2, 0.4], [0.3, 0.6]) == pytest.approx((0.5, 0.5, 0.5, 2))
+
+
+@settings(deadline=None, max_examples=40)
+@given(PROBABILITIES)
+def test_relative_changes_turn_their_sign_when_before_and_after_are_swapped(pairs):
+    before, after = np.transpose(pairs)
+    there, back = stats.relative_change(before, after), stats.relative_change(after, before)
+    one, two = sum(before), sum(after)
+    assert there.value == pytest.approx((two - one) / min(one, two), abs=1e-9)
+    assert tuple(back) == pytest.approx((-there.value, -there.high, -there.low, there.n), rel=1e-6, abs=1e-9)
+    assert there.low - 1e-9 <= there.value <= there.high + 1e-9 or there.n < 8
+
+
+def resampled(first, second, statistic):
+    """The percentile bootstrap of pairs, written out."""
+    rng = np.random.default_rng(99)
+    drawn = (rng.integers(len(first), size=len(first)) for _ in range(4000))
+    return np.quantile([statistic(first[i].mean(), second[i].mean()) for i in drawn], [0.025, 0.975])
+
+
+@pytest.mark.parametrize("shift", [-0.3, 0.0, 0.6])
+def test_intervals_of_relative_changes_and_ratios_are_the_bootstraps_of_pairs(shift):
+    rng = np.random.default_rng(15)
+    before = rng.lognormal(-2, 0.6, 50)
+    after = before * rng.lognormal(shift, 0.4, 50)
+    found = stats.relative_change(before, after)
+    want = resampled(before, after, lambda a, b: (b - a) / min(a, b))
+    assert (found.low, found.high) == pytest.approx(tuple(want), abs=0.15 * (found.high - found.low))
+    found = stats.ratio(after, before)
+    want = resampled(after, before, lambda a, b: a / b)
+    assert found.value == pytest.approx(after.sum() / before.sum())
+    assert (found.low, found.high) == pytest.approx(tuple(want), abs=0.15 * (found.high - found.low))
+
+
+def test_pairs_are_resampled_together():
+    """Items differ a thousandfold and their changes hardly: joint resampling sees a narrow interval."""
+    rng = np.random.default_rng(16)
+    before = 10 ** rng.uniform(-3, 0, 40)
+    after = before * rng.normal(2, 0.1, 40)
+    for found, truth in ((stats.relative_change(before, after), 1), (stats.ratio(after, before), 2)):
+        assert truth - 0.15 < found.low < found.high < truth + 0.15
+
+
+def test_intervals_of_relative_changes_cover_the_truth_and_clusters_keep_it_so(quick):
+    """E(after)/E(before) is e^0.5 for lognormal pairs whose logarithms have means 0 and 0.5 and equal spread."""
+    rng, truth = np.random.default_rng(17), math.exp(0.5) - 1
+    clusters = np.repeat(range(40), 5)
+    covered, pretended = [], []
+    for i in range(200):
+        shared = rng.normal(0, 0.3, 40)
+        before = np.exp(shared + rng.normal(0, 0.3, 40))[clusters] * rng.lognormal(0, 0.1, 200)
+        after = np.exp(0.5 + shared + rng.normal(0, 0.3, 40))[clusters] * rng.lognormal(0, 0.1, 200)
+        found = stats.relative_change(before, after, clusters, seed=i)
+        wrong = stats.relative_change(before, after, seed=i)
+        covered.append(found.low <= truth <= found.high)
+        pretended.append(wrong.low <= truth <= wrong.high)
+    assert 0.89 <= np.mean(covered) <= 0.99, np.mean(covered)
+    assert np.mean(pretended) < 0.75
+
+
+def test_a_resample_of_zeros_makes_a_limit_infinite_and_no_number_else():
+    found = stats.relative_change([0.0, 0.0, 0.5], [0.5, 0.0, 0.0])
+    assert found == (0, -math.inf, math.inf, 3)
+    found = stats.relative_change([0.0, 0.0, 0.5], [0.5, 0.5, 0.5])
+    assert found.value == pytest.approx(2) and found.low == pytest.approx(0) and found.high == math.inf
+
+
+def test_a_denominator_that_may_be_zero_leaves_the_ratio_open():
+    rng = np.random.default_rng(18)
+    top = rng.normal(1, 0.1, 30)
+    assert stats.ratio(top, rng.normal(0.05, 1, 30))[1:3] == (-math.inf, math.inf)
+    assert stats.ratio([1.0], [4.0]) == (0.25, -math.inf, math.inf, 1)
+    negative = stats.ratio(top, -2 * top + rng.normal(0, 0.1, 30))
+    assert -0.6 < negative.low < negative.value < negative.high < -0.4
+    assert stats.ratio([1, 2], [2, 4]) == (0.5, 0.5, 0.5, 2)
+
+
+# Regression
+
+
+def sandwich(design, outcome, groups=None):
+    """Slopes and 95 % limits of HC3, or of clusters with the usual small-sample factor, from the textbook formulas."""
+    n, k = design.shape
+    bread = np.linalg.inv(design.T @ design)
+    slopes = bread @ design.T @ outcome
+    errors = outcome - design @ slopes
+    if groups is None:
+        leverage = np.diag(design @ bread @ design.T)
+        scores, factor, df = design * (errors / (1 - leverage))[:, None], 1, n - k
+    else:
+        scores = np.array([(design * errors[:, None])[groups == g].sum(0) for g in np.unique(groups)])
+        factor, df = len(scores) / (len(scores) - 1) * (n - 1) / (n - k), len(scores) - 1
+    half = t.ppf(0.975, df) * np.sqrt(factor * np.diag(bread @ scores.T @ scores @ bread))
+    return np.column_stack([slopes, slopes - half, slopes + half])[1:]
+
+
+@pytest.fixture
+def words():
+    """Effect, log frequency, PMI and regularity of 48 made-up nouns of 12 lemmas."""
+    rng = np.random.default_rng(19)
+    lemma = np.repeat(range(12), 4)
+    frequency, pmi = rng.normal(4, 1.5, 48), rng.normal(0, 3, 48)
+    regular = rng.integers(0, 2, 48)
+    effect = 0.5 * frequency - 0.1 * pmi + regular + rng.normal(0, 1, 12)[lemma] + rng.normal(0, 0.2, 48) * frequency
+    return effect, {"frequency": frequency, "PMI": pmi, "regular": regular}, lemma
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_slopes_and_intervals_follow_from_the_formulas(words, clustered):
+    effect, predictors, lemma = words
+    groups = lemma if clustered else None
+    n = 12 if clustered else 48
+    found = stats.regression(effect, predictors, standardise=False, clusters=groups)
+    assert list(found) == list(predictors)
+    design = np.column_stack([np.ones(48), *predictors.values()])
+    want = sandwich(design, effect, groups)
+    assert np.array(list(found.values())) == pytest.approx(np.column_stack([want, np.full(3, n)]))
+    spread = np.array([predictors["frequency"].std(ddof=1), predictors["PMI"].std(ddof=1), 1])
+    standard = stats.regression(effect, predictors, clusters=groups)
+    scaled = want * spread[:, None] / effect.std(ddof=1)
+    assert np.array(list(standard.values()))[:, :3] == pytest.approx(scaled)
+
+
+def test_a_standardised_slope_on_one_predictor_is_the_correlation(words):
+    effect, predictors, _ = words
+    found = stats.regression(effect, {"frequency": predictors["frequency"]})["frequency"]
+    assert found.value == pytest.approx(np.corrcoef(effect, predictors["frequency"])[0, 1])
+    units = stats.regression(1e6 * effect - 3, {"frequency": predictors["frequency"] / 1e6 + 7})["frequency"]
+    assert tuple(units) == pytest.approx(tuple(found), rel=1e-5)
+
+
+def test_rows_repeated_within_clusters_hardly_narrow_the_slope(words):
+    effect, predictors, _ = words
+    once = stats.regression(effect, predictors)
+    many = {name: np.repeat(values, 10) for name, values in predictors.items()}
+    again = stats.regression(np.repeat(effect, 10), many, clusters=np.repeat(range(48), 10))
+    pretended = stats.regression(np.repeat(effect, 10), many)
+    for name in predictors:
+        width, kept, wrong = (found[name].high - found[name].low for found in (once, again, pretended))
+        assert again[name].n == 48
+        assert kept > 0.85 * width  # HC3 is wider than the clusters' formula by 1/(1 − leverage)
+        assert wrong < 0.4 * width
+
+
+def test_intervals_of_slopes_cover_the_truth_only_if_clusters_are_known():
+    rng = np.random.default_rng(20)
+    lemma = np.repeat(range(30), 5)
+    covered, pretended = [], []
+    for _ in range(300):
+        x = rng.normal(size=30)[lemma]
+        y = 2 * x + rng.normal(size=30)[lemma] + rng.normal(0, 0.3, 150)
+        for found, groups in ((covered, lemma), (pretended, None)):
+            slope = stats.regression(y, {"x": x}, standardise=False, clusters=groups)["x"]
+            found.append(slope.low <= 2 <= slope.high)
+    assert 0.88 <= np.mean(covered) <= 0.99, np.mean(covered)
+    assert np.mean(pretended) < 0.75
+
+
 # Shares
 
 
@@ -179,3 +513,63 @@ def test_empty_lists_tables_and_clusters_of_another_length_are_refused():
         stats.mean([[1.0, 2.0], [3.0, 4.0]])
     with pytest.raises(ValueError, match="3 values but 2 clusters"):
         stats.mean([1.0, 2.0, 3.0], ["a", "b"])
+
+
+def test_pairs_of_different_number_are_refused():
+    for function in (stats.paired, stats.relative_change, stats.ratio):
+        with pytest.raises(ValueError, match="3 values cannot be paired with 2"):
+            function([1.0, 2.0, 3.0], [1.0, 2.0])
+        with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+            function([1.0, 2.0], [1.0, float("nan")])
+        with pytest.raises(ValueError, match="2 values but 1 clusters"):
+            function([1.0, 2.0], [1.0, 2.0], ["a"])
+
+
+def test_relative_changes_and_ratios_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="values after reach down to -0.1"):
+        stats.relative_change([0.1, 0.2], [-0.1, 0.9])
+    with pytest.raises(ValueError, match="values before reach down to -1"):
+        stats.relative_change([-1, 2], [1, 2], ["a", "a"])
+    with pytest.raises(ValueError, match="all values before are 0"):
+        stats.relative_change([0.0, 0.0], [0.1, 0.2])
+    with pytest.raises(ValueError, match="denominator's mean is 0"):
+        stats.ratio([1.0, 2.0], [1.0, -1.0])
+
+
+@pytest.mark.parametrize("bad", [[0.1, 1.2], [-0.1], [float("nan"), 0.5]])
+def test_p_values_that_are_none_are_refused(bad):
+    with pytest.raises(ValueError, match="expected p values from 0 to 1"):
+        stats.holm(bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"PMI": [1.0] * 47}, r"predictor 'PMI' has shape \(47,\), the outcome \(48,\)"),
+        ({"PMI": [0.1] * 48}, r"predictor 'PMI' is constant \(0.1\)"),
+        ({"PMI": [float("nan")] * 2 + list(range(46))}, "predictor 'PMI': 2 values are not finite"),
+        ({"irregular": "1 - regular"}, "frequency, PMI, regular, irregular are collinear"),
+        ({"single": [1] + [0] * 47}, "rests on one row"),
+    ],
+)
+def test_predictors_that_have_no_slope_are_refused(words, change, message):
+    effect, predictors, _ = words
+    change = {name: 1 - predictors["regular"] if isinstance(v, str) else v for name, v in change.items()}
+    with pytest.raises(ValueError, match=message):
+        stats.regression(effect, predictors | change)
+
+
+def test_regressions_with_too_little_to_go_by_are_refused(words):
+    effect, predictors, lemma = words
+    with pytest.raises(ValueError, match=r"4 rows \(clusters\) for 3 predictors; expected at least .* 5 rows"):
+        stats.regression(effect[:4], {name: values[:4] for name, values in predictors.items()})
+    with pytest.raises(ValueError, match=r"4 rows \(clusters\) for 3 predictors"):
+        stats.regression(effect, predictors, clusters=lemma % 4)
+    with pytest.raises(ValueError, match="for 0 predictors; expected at least one"):
+        stats.regression(effect, {})
+    with pytest.raises(ValueError, match="the outcome is constant"):
+        stats.regression([1.0] * 48, predictors)
+    with pytest.raises(ValueError, match="1 of 48 values are not finite"):
+        stats.regression([float("inf"), *effect[1:]], predictors)
+    with pytest.raises(ValueError, match="rests on one row"):
+        stats.regression(effect, {"x": (lemma == 3) * effect}, clusters=lemma)
