@@ -3,16 +3,18 @@
 From the ground floor up; a module imports from the floors below its own only.
 
 1. `arch` architecture as data · `stats` estimates, intervals · `tasks` queries and facts · `stored` notebooks at rest
-2. `models` names and loading · `grammar` minimal pairs
+2. `models` names and loading · `grammar` minimal pairs · `words` nouns, plain prose, frequencies
 3. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
-4. `replay` the engine: capture and replay · `cache` the store of scores
-5. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons
+4. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores
+5. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons ·
+   `effects` of many edits
 6. `claims` rules, records, verdicts · `figures` plots and tables
 7. `pipeline` from notebooks to pages, and the command line `python -m kncore`
 """
 
 from kncore.attribution import Attribution, attribute
 from kncore.grammar import minimal_pairs, phenomena
+from kncore.interventions import Delta, edited, enhance, set_neurons, suppress, value_update
 from kncore.models import LM, load
 from kncore.neurons import Neuron, find_neurons, similarity
 from kncore.predictions import known_facts, known_pairs, predict
@@ -21,9 +23,12 @@ from kncore.tasks import Query, facts, relations
 __all__ = [
     "LM",
     "Attribution",
+    "Delta",
     "Neuron",
     "Query",
     "attribute",
+    "edited",
+    "enhance",
     "facts",
     "find_neurons",
     "known_facts",
@@ -33,5 +38,8 @@ __all__ = [
     "phenomena",
     "predict",
     "relations",
+    "set_neurons",
     "similarity",
+    "suppress",
+    "value_update",
 ]

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ import pandas as pd
 from kncore import cache
 from kncore.models import LM
 from kncore.stats import Estimate
+from kncore.tasks import DATA
 
 VERDICTS = ("supported", "contradicted", "inconclusive")
 # The modules whose text can decide a number of a record. This one is not among them: rule and verdict are compared.
@@ -43,6 +45,7 @@ CODE = (
     "stats",
     "tasks",
     "tokens",
+    "words",
 )
 
 
@@ -473,3 +476,9 @@ def declare(*claim_ids: str) -> pd.DataFrame:
     """What a chapter shows of its claims before it computes anything: statement, metric and rule."""
     told = [(CLAIMS[i].statement, CLAIMS[i].metric, CLAIMS[i].rule) for i in claim_ids]
     return pd.DataFrame(told, columns=["claim", "metric", "rule"])
+
+
+def published(model: str) -> dict | None:
+    """What the authors' notebook shows for a model: `neuron`, and `change` of words under its suppression; or None."""
+    told = tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8"))
+    return told.get(model)

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +27,15 @@ from kncore.tasks import Query
 
 
 class Trial(NamedTuple):
-    """One held prompt, by its place, with `neurons`, pairs (block, index), multiplied by `factor`."""
+    """One held prompt, by its place, with `neurons`, pairs (block, index), multiplied by `factor`.
+
+    `label` says in the table of `measure` what the trial is for.
+    """
 
     prompt: int
     neurons: Sequence[tuple[int, int]]
     factor: float = 0.0
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ def _sets(held: Held, trials: Sequence[Trial]) -> dict[int, Int[Tensor, "neuron 
         if not len(trial.neurons):
             raise ValueError(f"trial of prompt {trial.prompt} has no neurons; the set must not be empty")
         given = torch.as_tensor(trial.neurons)
+        if given.shape[1:] != (2,) or given.is_floating_point():
+            raise ValueError(f"a neuron is a pair (block, index) of whole numbers, got {trial.neurons}")
         outside = (given < 0).any(1) | (given >= torch.tensor([n_blocks, width])).any(1)
         if bool(outside.any()):
             raise ValueError(
@@ -187,18 +193,20 @@ def _replayed(held: Held, captured: Capture, trials: list[Trial], sets: list[Ten
 
 
 def measure(held: Held, trials: Sequence[Trial]) -> pd.DataFrame:
-    """One row per trial, before and after the edit:
+    """One row per trial: its label and prompt, what the prompt asks, and before and after the edit
 
-    `logp`, log-probability of the target; `margin`, its log-odds against the best of the held words; `mass`, the
+    `logp`, log-probability of the target; `margin`, its log-odds against the best of the other held words; `mass`, the
     log-probability of all held words together; `prefers`, whether the target is the best of them; `says`, whether it is
-    the most probable token of all; and `changed`, whether the most probable token is another one after the edit.
+    the most probable token of all.
+
+    `loss`, `loss_margin` and `loss_mass` are before minus after, in nats; `changed`, whether the most probable token is
+    another one.
     """
-    places = np.array([trial.prompt for trial in trials])
+    places = np.array([trial.prompt for trial in trials], dtype=int)
     logp, said = read(held, trials)
-    columns: dict[str, object] = {"prompt": places}
+    columns: dict[str, object] = {"label": [trial.label for trial in trials], "prompt": places}
     for name in ("task", "item", "value", "template"):
-        per_prompt = np.array([getattr(query, name) for query in held.queries], dtype=object)
-        columns[name] = per_prompt[places]
+        columns[name] = np.array([getattr(query, name) for query in held.queries], dtype=object)[places]
     for when, found, best in (("before", held.logp[places], held.said[places]), ("after", logp, said)):
         rivals = found[:, 1:].amax(1) if found.shape[1] > 1 else torch.full_like(found[:, 0], -torch.inf)
         columns[f"logp_{when}"] = found[:, 0].double().numpy()
@@ -206,5 +214,39 @@ def measure(held: Held, trials: Sequence[Trial]) -> pd.DataFrame:
         columns[f"mass_{when}"] = found.double().logsumexp(1).numpy()
         columns[f"prefers_{when}"] = (found[:, 0] > rivals).numpy()
         columns[f"says_{when}"] = (best == held.words[places, 0]).numpy()
-    columns["changed"] = (said != held.said[places]).numpy()
-    return pd.DataFrame(columns)
+    table = pd.DataFrame(columns)
+    for name in ("logp", "margin", "mass"):
+        table["loss" if name == "logp" else f"loss_{name}"] = table[f"{name}_before"] - table[f"{name}_after"]
+    table["changed"] = (said != held.said[places]).numpy()
+    return table
+
+
+def look_alikes(
+    sizes: Float[Tensor, "block neuron"], neurons: Sequence[tuple[int, int]], draws: int, seed: int = 0, pool: int = 20
+) -> list[list[tuple[int, int]]]:
+    """Random sets to compare an edit with: for each neuron one of its block, as active as it.
+
+    `sizes` are mean activations without their sign; each draw replaces every neuron by one of the `pool` of its block
+    whose size is nearest, none of them in `neurons` or twice in a draw. Raises ValueError where a block has too few.
+    """
+    rng = np.random.default_rng(seed)
+    taken = {tuple(neuron) for neuron in neurons}
+    near = []
+    for block, index in neurons:
+        order = (sizes[block] - sizes[block, index]).abs().argsort().tolist()
+        near.append([(block, i) for i in order if (block, i) not in taken][: pool + len(taken)])
+    sets = []
+    for _ in range(draws):
+        chosen: dict[tuple[int, int], None] = {}
+        for (block, _), candidates in zip(neurons, near, strict=True):
+            free = list(islice((neuron for neuron in candidates if neuron not in chosen), pool))
+            if not free:
+                raise ValueError(f"block {block} has no neurons left to draw from; give fewer of its neurons")
+            chosen[free[rng.integers(len(free))]] = None
+        sets.append(list(chosen))
+    return sets
+
+
+def most_active(sizes: Float[Tensor, "block neuron"], k: int) -> list[tuple[int, int]]:
+    """The k neurons of the largest mean activation without its sign, wherever they are."""
+    return [tuple(divmod(i, sizes.shape[1])) for i in sizes.flatten().topk(k).indices.tolist()]

@@ -114,6 +114,92 @@ def intervals(rows: Mapping[str, Estimate], xlabel: str, colours: Sequence[str] 
     return ax
 
 
+def grouped(
+    rows: Mapping[str, Mapping[str, Estimate]], xlabel: str, colours: Sequence[str], zero: bool = True
+) -> Axes:
+    """Several estimates a row, each series in its colour: values as dots, 95 % intervals as bars."""
+    series = list(dict.fromkeys(label for estimates in rows.values() for label in estimates))
+    _, ax = plt.subplots(figsize=(8, (0.16 * len(series) + 0.22) * len(rows) + 1.2))
+    for place, label in enumerate(series):
+        shift = (place - (len(series) - 1) / 2) * 0.72 / len(series)
+        here = [(i + shift, estimates[label]) for i, estimates in enumerate(rows.values()) if label in estimates]
+        for y, estimate in here:
+            ax.plot([estimate.low, estimate.high], [y, y], color=colours[place], lw=2, solid_capstyle="round")
+        values = [estimate.value for _, estimate in here]
+        ax.plot(values, [y for y, _ in here], "o", ms=5, color=colours[place], label=label)
+    if zero:
+        ax.axvline(0, color="black", lw=0.6)
+    ax.set_yticks(range(len(rows)), labels=list(rows))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set(xlabel=xlabel)
+    ax.grid(axis="x", lw=0.4)
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(series)), fontsize=9)
+    return ax
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, Mapping[float, Estimate]]], xlabel: str, ylabel: str, colours: Mapping[str, str]
+) -> Sequence[Axes]:
+    """Estimates along a logarithmic axis, one panel beside the other: lines with their 95 % intervals as bands."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.6), sharey=True, squeeze=False)
+    handles: dict[str, object] = {}
+    for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            x = list(points)
+            low, high = ([getattr(points[at], end) for at in x] for end in ("low", "high"))
+            dashes = {} if label == next(iter(lines)) else {"ls": "--"} if colours[label] == BASELINE else {}
+            (handles[label],) = ax.plot(
+                x, [points[at].value for at in x], marker="o", ms=3.5, lw=1.6, color=colours[label], **dashes
+            )
+            ax.fill_between(x, low, high, color=colours[label], alpha=0.14, lw=0)
+        ax.set_xscale("log")
+        ax.set(title=title, xlabel=xlabel)
+        ax.grid(axis="y", lw=0.4)
+    axes[0, 0].set_ylabel(ylabel)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return axes[0]
+
+
+def word_changes(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[Estimate, bool]]]],
+    colours: Mapping[str, str],
+    marks: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
+) -> Sequence[Axes]:
+    """Relative change of the probability of words, in per cent: a panel per edit, the words in groups.
+
+    Each estimate comes with whether it is significant after correction (filled dot) or not (hollow). `marks` adds
+    further values to a panel, one marker a label: a control, a published figure.
+    """
+    _, axes = plt.subplots(len(panels), 1, figsize=(8, 2.7 * len(panels) + 0.4), sharex=True, squeeze=False)
+    for ax, (title, groups) in zip(axes[:, 0], panels.items(), strict=True):
+        words = [word for group in groups.values() for word in group]
+        at = {word: i for i, word in enumerate(words)}
+        for label, group in groups.items():
+            for word, (estimate, significant) in group.items():
+                ends = 100 * estimate.low, 100 * estimate.high
+                ax.plot([at[word]] * 2, ends, color=colours[label], lw=2, solid_capstyle="round")
+                face = colours[label] if significant else "white"
+                ax.plot(at[word], 100 * estimate.value, "o", ms=6, mec=colours[label], mfc=face)
+            ax.plot([], [], "o", color=colours[label], label=label)
+        for shape, (label, values) in zip("x+1", (marks or {}).get(title, {}).items(), strict=False):
+            ax.plot(
+                [at[word] for word in values if word in at],
+                [100 * change for word, change in values.items() if word in at],
+                shape,
+                ms=6,
+                color=BASELINE,
+                label=label,
+            )
+        ax.axhline(0, color="black", lw=0.6)
+        ax.set_yscale("symlog", linthresh=100)
+        ax.set_title(title, loc="left")
+        ax.set_ylabel("change of mean P (%)")
+        ax.grid(axis="y", lw=0.4)
+        ax.set_xticks(range(len(words)), labels=words, rotation=60, ha="right", rotation_mode="anchor")
+    axes[0, 0].legend(frameon=False, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
+    return axes[:, 0]
+
+
 def leaders(groups: Mapping[str, Sequence[Neuron]]) -> Axes:
     """One bar per group, cut into the neurons that lead its items: a wide piece is a neuron that leads many."""
     _, ax = plt.subplots(figsize=(8, 0.42 * len(groups) + 1.0))
@@ -132,23 +218,40 @@ def leaders(groups: Mapping[str, Sequence[Neuron]]) -> Axes:
     return ax
 
 
-def matrix(values: Float[Tensor, "row column"], labels: Sequence[str], unit: str) -> Axes:
-    """A symmetric matrix of similarities with its values written in; colours run from zero to the largest."""
-    size = 0.46 * len(labels) + 2.2
-    _, ax = plt.subplots(figsize=(size + 1, size))
+def matrix(
+    values: Float[Tensor, "row column"],
+    labels: Sequence[str],
+    unit: str,
+    columns: Sequence[str] | None = None,
+    frames: Sequence[tuple[int, int]] = (),
+) -> Axes:
+    """A matrix with its values written in; without `columns` it is square and symmetric.
+
+    Colours run from zero to the largest value, or over both signs around zero where there are negative ones. `frames`
+    marks cells (row, column).
+    """
+    table = np.asarray(values, dtype=float)
+    across = labels if columns is None else columns
+    width, height = 0.46 * len(across) + 2.8, 0.46 * len(labels) + 2.2
+    _, ax = plt.subplots(figsize=(width, height))
+    signed = bool((np.round(table, 2) < 0).any())
+    size = float(np.abs(table).max())
     sns.heatmap(
-        np.asarray(values),
-        vmin=0,
-        cmap="cividis",
+        table,
+        vmin=-size if signed else 0,
+        vmax=size,
+        cmap="RdBu_r" if signed else "cividis",
         square=True,
         annot=True,
-        fmt=".2f",
+        fmt=".2f" if size < 1 else ".1f",
         annot_kws={"size": 7},
-        xticklabels=labels,
+        xticklabels=across,
         yticklabels=labels,
         cbar_kws={"label": unit, "shrink": 0.7},
         ax=ax,
     )
+    for row, column in frames:
+        ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, ec="black", lw=1.4))
     ax.tick_params(axis="both", length=0, labelsize=8)
     plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
     return ax

@@ -56,6 +56,14 @@ def plural(noun: str) -> str:
     return noun + "s"
 
 
+def number_words(form: str) -> dict[str, list[str]]:
+    """Words that express number where a sentence has room for them, as `plural`, `singular` and `neutral`.
+
+    Causal form: verbs, which follow a subject. Masked form: determiners, which stand before a noun.
+    """
+    return lexicon()["number_words"]["determiners" if form == "masked" else "verbs"]
+
+
 def phenomena() -> list[str]:
     """The names of the phenomena that `minimal_pairs` knows."""
     return list(GRAMMARS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -89,6 +89,7 @@ def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
     """
     if not deltas:
         raise ValueError("no delta to apply; give at least one")
+    wide = torch.promote_types(lm.dtype, torch.float32)
     new: dict[int, Tensor] = {}
     for delta in deltas:
         if not 0 <= delta.block < len(lm.blocks):
@@ -101,10 +102,10 @@ def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
                 f"delta for block {delta.block} has shapes {shapes}; expected (rank, {old.shape[0]}) and "
                 f"(rank, {old.shape[1]})"
             )
-        change = delta.neurons.to(lm.device).float().T @ delta.hidden.to(lm.device).float()
-        if not bool(torch.isfinite(change).all()):
-            raise ValueError(f"delta for block {delta.block} holds numbers that are not finite")
-        new[delta.block] = new.get(delta.block, old.float()) + change
+        change = delta.neurons.to(lm.device, wide).T @ delta.hidden.to(lm.device, wide)
+        new[delta.block] = new.get(delta.block, old.to(wide)) + change
+        if not bool(torch.isfinite(new[delta.block].to(lm.dtype)).all()):
+            raise ValueError(f"delta for block {delta.block} makes value vectors that are not finite in {lm.dtype}")
     places = {block: arch.projection(lm.model, lm.spec, block) for block in new}
     before = {block: module.weight for block, module in places.items()}
     try:
@@ -142,8 +143,9 @@ def _blocks(lm: LM, neurons, position: str, site: str) -> list[tuple[int, list[t
     if position not in ("target", "all"):
         raise ValueError(f"unknown position {position!r}; choose 'target' or 'all'")
     if site not in SITES or site not in lm.spec.sites:
-        raise ValueError(f"neurons cannot be changed at site {site!r}; {lm.spec.family} has {', '.join(SITES)}")
-    neurons = [tuple(neuron) for neuron in neurons]
+        known = ", ".join(name for name in SITES if name in lm.spec.sites)
+        raise ValueError(f"neurons cannot be changed at site {site!r}; {lm.spec.family} has {known}")
+    neurons = [tuple(neuron) if isinstance(neuron, Iterable) else (neuron,) for neuron in neurons]
     if not neurons:
         raise ValueError("no neurons given; the set must not be empty")
     n_blocks, width = len(lm.blocks), lm.n_neurons

@@ -446,41 +446,41 @@ def claims_table(results: Path) -> str:
 
 
 def claims_matrix(staging: Path) -> str:
-    """All declared claims × the models that have a record, as Markdown for a page in book/.
+    """All declared claims × the notebooks' own model and all others with a record, as Markdown for a page in book/.
 
     A cell holds the verdict, linked to the page of the chapter on that model where the book has one, the effect with
-    its interval, n, and what makes the record stale. The notebooks' own model comes first.
+    its interval, n, and what makes the record stale.
     """
     from kncore import claims
 
     records = {(told["claim"], told["model"]): told for told in claims.read(staging / "results")}
     found = {chapter.number: chapter for chapter in chapters(staging)}
-    own = {chapter.defaults.get("model") for chapter in found.values()}
-    models = sorted({model for _, model in records}, key=lambda model: (model not in own, model))
+    contents = yaml.safe_load((staging / "_toc.yml").read_text(encoding="utf-8"))
+    pages = {chapter["file"] for part in contents["parts"] for chapter in part["chapters"]}
+    own = {str(chapter.defaults.get("model")) for chapter in found.values()}
+    models = [*sorted(own), *sorted({model for _, model in records} - own)]
 
-    def page(chapter: str, model: str) -> str | None:
-        if chapter not in found:
-            return None
-        name = found[chapter].path.name
-        if model == found[chapter].defaults.get("model"):
-            return f"../notebooks/{name}"
-        run = f"runs/{slug(model)}/{name}"
-        return run if (staging / "book" / run).is_file() else None
+    def linked(word: str, number: str, model: str | None = None) -> str:
+        if number not in found:
+            return word
+        name, default = found[number].path.stem, found[number].defaults.get("model")
+        page = f"notebooks/{name}" if model in (None, default) else f"book/runs/{slug(model)}/{name}"
+        return f"[{word}]({Path(os.path.relpath(page, 'book')).as_posix()}.ipynb)" if page in pages else word
 
     def cell(claim: claims.Claim, model: str) -> list[str]:
         told = records.get((claim.id, model))
         if told is None:
             return ["[not run]{.not-run}"]
-        target, reasons = page(claim.chapter, model), claims.stale(told)
-        word = f"[{told['verdict']}]({target})" if target else told["verdict"]
-        marked = [f"[{word}]{{.{told['verdict']}{' .outdated' * bool(reasons)}}}"]
-        marked += [f"[stale: {_text('; '.join(reasons))}]{{.stale}}"] * bool(reasons)
-        return [*marked, f"{_text(claims.effect(told))}", f"n = {told['n']}"]
+        verdict, reasons = told["verdict"], claims.stale(told)
+        said = [f"[{linked(verdict, claim.chapter, model)}]{{.{verdict}{' .outdated' * bool(reasons)}}}"]
+        said += [f"[{_text(claims.effect(told))}]{{.effect}}", f"n = {told['n']}"]
+        return said + [f"[stale: {_text('; '.join(reasons))}]{{.stale}}"] * bool(reasons)
 
     rows = [["Claim", *map(_code, models)]]
     for claim in claims.CLAIMS.values():
-        said = [_text(claim.statement), f"[Chapter {claim.chapter}: {_text(claim.metric)}]{{.metric}}"]
-        rows.append([said, *(cell(claim, model) for model in models)])
+        chapter = linked(f"Chapter {claim.chapter}", claim.chapter)
+        told = [_text(claim.statement), f"[{chapter}, {_code(claim.id)}: {_text(claim.metric)}]{{.metric}}"]
+        rows.append([told, *(cell(claim, model) for model in models)])
     return _list_table(rows, "matrix", stub=True)
 
 

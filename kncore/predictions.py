@@ -92,6 +92,33 @@ def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) ->
     return pd.DataFrame(rows)
 
 
+def text_loss(lm: LM, texts: Sequence[str], batch: int = 16) -> Float[Tensor, " text"]:
+    """Mean negative log-likelihood per token of each text, in nats; its exponential is the perplexity.
+
+    Causal models predict every token from those before it. Of masked models every sixth token is masked, the same
+    ones each time, and predicted from the rest. Raises ValueError for a text of fewer than two tokens.
+    """
+    losses = []
+    for i in range(0, len(texts), batch):
+        encoded = [tokens.Encoded(tuple(lm.tokenizer(text)["input_ids"]), 0, ()) for text in texts[i : i + batch]]
+        if min(len(e.ids) for e in encoded) < 2:
+            raise ValueError(f"a text has fewer than two tokens for {lm.name}: nothing to predict")
+        ids, lengths = tokens.pad(lm, encoded)
+        real = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
+        chosen, shown = real, ids
+        if lm.spec.masked:
+            special = torch.tensor(lm.tokenizer.all_special_ids, device=lm.device)
+            chosen = real & ~torch.isin(ids, special) & (torch.arange(ids.shape[1], device=lm.device) % 6 == 1)
+            shown = ids.masked_fill(chosen, lm.tokenizer.mask_token_id)
+        with torch.no_grad():
+            logp = lm.model(input_ids=shown, attention_mask=real.long()).logits.float().log_softmax(-1)
+        if not lm.spec.masked:
+            logp, ids, chosen = logp[:, :-1], ids[:, 1:], real[:, 1:]
+        loss = -logp.gather(2, ids[..., None])[..., 0].masked_fill(~chosen, 0)
+        losses.append((loss.sum(1) / chosen.sum(1)).cpu())
+    return torch.cat(losses)
+
+
 def relations(source: str = "own") -> list[str]:
     """The relations that the chapters ask about: of the project's own facts, or of ParaRel."""
     return list(RELATIONS["own" if source == "own" else "public"])
@@ -103,11 +130,15 @@ def phenomena(source: str = "own") -> list[str]:
 
 
 class Asked(NamedTuple):
-    """Queries to ask a model, item after item: how many items were tried, and how many of those here it knows."""
+    """Queries to ask a model, item after item: how many items were tried, and how many of those here it knows.
+
+    `candidates` are the objects of the relation, all that a fact's answer competes with.
+    """
 
     queries: list[Query]
     tried: int
     known: int
+    candidates: Sequence[str] = ()
 
 
 def known_facts(lm: LM, relation: str, n: int, seed: int = 0, source: str = "own") -> Asked:
@@ -134,7 +165,7 @@ def known_facts(lm: LM, relation: str, n: int, seed: int = 0, source: str = "own
         if len(known) == n:
             break
     kept = (known + unknown)[:n]
-    return Asked([query for item in kept for query in item], len(known) + len(unknown), len(known))
+    return Asked([query for item in kept for query in item], len(known) + len(unknown), len(known), candidates)
 
 
 def _by_item(queries: Sequence[Query], seed: int | None) -> list[list[Query]]:

@@ -73,13 +73,16 @@ def difference(
     return Estimate(float(gap(one, two)), *_bootstrap((one, two), gap, seed), min(len(one), len(two)))
 
 
-def share(flags: Sequence[bool]) -> Estimate:
-    """Share of true among independent yes-or-no outcomes, with Wilson's interval."""
-    flags = np.asarray(flags, dtype=bool)
+def share(flags: Sequence[bool], clusters: Sequence | None = None) -> Estimate:
+    """Share of true among yes-or-no outcomes, with Wilson's interval; n counts the clusters where there are any.
+
+    Clusters weigh alike, and each counts as one outcome, so the interval is rather too wide than too narrow.
+    """
     if not len(flags):
         raise ValueError("no outcomes to take a share of")
-    low, high = proportion_confint(flags.sum(), len(flags), method="wilson")
-    return Estimate(float(flags.mean()), float(low), float(high), len(flags))
+    units = cluster_means(np.asarray(flags, dtype=bool), clusters)
+    low, high = proportion_confint(units.sum(), len(units), method="wilson")
+    return Estimate(float(units.mean()), float(low), float(high), len(units))
 
 
 def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence | None = None, seed: int = 0) -> Paired:
@@ -110,12 +113,14 @@ def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence |
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down p values of a family of tests, in the order given: at most α of families hold a false p ≤ α."""
+    """Holm's adjusted p values of a family of tests, in their order: at most a share α of families has a false one ≤ α.
+
+    Raises ValueError for p values that are not from 0 to 1.
+    """
     p_values = np.asarray(p_values, dtype=float)
-    if not ((p_values >= 0) & (p_values <= 1)).all():
-        raise ValueError(
-            f"expected p values from 0 to 1, got {p_values[~((p_values >= 0) & (p_values <= 1))].tolist()}"
-        )
+    wrong = p_values[~((p_values >= 0) & (p_values <= 1))]
+    if len(wrong):
+        raise ValueError(f"expected p values from 0 to 1, got {wrong.tolist()}")
     return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
 
 
@@ -177,17 +182,22 @@ def ratio(
     The interval is the whole line where that of the denominator's mean reaches 0. Raises ValueError if that mean is 0.
     """
     top, bottom = _pair(numerator, denominator, clusters)
-    below = mean(bottom, seed=seed)
-    if not below.value:
+    if not bottom.mean():
         raise ValueError("the denominator's mean is 0, so there is no ratio; compare differences")
 
-    def quotient(a, b, axis=-1):
-        return np.mean(a, axis=axis) / np.mean(b, axis=axis)
+    def below(a, b, axis=-1):
+        return np.mean(b, axis=axis)
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        limits = _bootstrap((top, bottom), quotient, seed, jointly=True)
-    if below.low <= 0 <= below.high or not np.isfinite(limits).all():
+    def quotient(a, b, axis=-1):
+        over, under = np.mean(a, axis=axis), np.mean(b, axis=axis)
+        return np.divide(over, under, out=np.full_like(under, math.inf), where=under != 0)
+
+    low, high = _bootstrap((top, bottom), below, seed, jointly=True)
+    if low <= 0 <= high:
         limits = -math.inf, math.inf
+    else:
+        with np.errstate(invalid="ignore"):  # scipy's standard error, unused here, is nan where a resample is infinite
+            limits = _bootstrap((top, bottom), quotient, seed, jointly=True)
     return Estimate(float(quotient(top, bottom)), *limits, len(top))
 
 
@@ -214,9 +224,7 @@ def regression(
     for label, values in columns.items():
         columns[label] = values = np.asarray(values, dtype=float)
         if values.shape != np.shape(outcome):
-            raise ValueError(
-                f"{label} has shape {values.shape}, the outcome {np.shape(outcome)}; expected one row each"
-            )
+            raise ValueError(f"{label} has shape {values.shape}, but the outcome {np.shape(outcome)}")
         if not np.isfinite(values).all():
             raise ValueError(f"{label}: {(~np.isfinite(values)).sum()} values are not finite; drop or explain them")
         if not np.ptp(values):

