@@ -1,7 +1,7 @@
 """Effects of neuron edits on what the model says: many edits of many prompts, replayed from captured states.
 
 An edit multiplies a few neurons at the target position by a factor (0 suppresses them). Prompts are captured once
-and held; a trial is one held prompt under one edit, one row that enters at the lowest edited block. The numbers are
+and held; a trial is one held prompt under one edit: one row, which enters at the lowest edited block. The numbers are
 those of `interventions.suppress` and `enhance` around a run of the whole model.
 """
 
@@ -86,20 +86,27 @@ def hold(lm: LM, queries: Sequence[Query], words: Sequence[Sequence[str]] | None
     for row, some in zip(table, read, strict=True):
         row[: len(some)] = torch.tensor(some)
 
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-    captures, place = [], {}
-    for i in range(0, len(order), batch):
-        part = order[i : i + batch]
-        place |= {prompt: (len(captures), row) for row, prompt in enumerate(part)}
-        captures.append(capture(lm, [encoded[j] for j in part]))
-    logits = torch.stack([captures[c].logits[row] for c, row in (place[i] for i in range(len(queries)))])
-    logp, said = _seen(logits, table)
-    return Held(lm, list(queries), captures, [place[i] for i in range(len(queries))], table, logp, said)
+    prompts = sorted({(e.ids, e.position): e for e in encoded}.values(), key=lambda e: len(e.ids))
+    captures, rows = [], {}
+    for i in range(0, len(prompts), batch):
+        part = prompts[i : i + batch]
+        rows |= {(e.ids, e.position): (len(captures), row) for row, e in enumerate(part)}
+        captures.append(capture(lm, part))
+    place = [rows[e.ids, e.position] for e in encoded]
+    logp, said = torch.empty(table.shape), torch.empty(len(table), dtype=torch.long)
+    for source, captured in enumerate(captures):
+        here = [i for i, (c, _) in enumerate(place) if c == source]
+        logp[here], said[here] = _seen(captured.logits, torch.tensor([place[i][1] for i in here]), table[here])
+    return Held(lm, list(queries), captures, place, table, logp, said)
 
 
-def _seen(logits: Float[Tensor, "row vocab"], words: Int[Tensor, "row word"]) -> tuple[Tensor, Tensor]:
-    logp = logits.log_softmax(-1).gather(1, words.clamp_min(0).to(logits.device)).cpu()
-    return logp.masked_fill(words < 0, -torch.inf), logits.argmax(-1).cpu()
+def _seen(
+    logits: Float[Tensor, "row vocab"], rows: Int[Tensor, " trial"], words: Int[Tensor, "trial word"]
+) -> tuple[Float[Tensor, "trial word"], Int[Tensor, " trial"]]:
+    """Log-probabilities of each trial's words, and the most probable token, read off its row of the logits."""
+    rows = rows.to(logits.device)
+    logp = logits.log_softmax(-1)[rows[:, None], words.clamp_min(0).to(logits.device)].cpu()
+    return logp.masked_fill(words < 0, -torch.inf), logits.argmax(-1)[rows].cpu()
 
 
 def read(
@@ -114,25 +121,28 @@ def read(
     logp = torch.empty(len(trials), held.words.shape[1])
     said = torch.empty(len(trials), dtype=torch.long)
 
-    def entry(i: int) -> tuple[int, int]:
-        return held.place[trials[i].prompt][0], int(sets[id(trials[i].neurons)][0, 0])
-
-    order = sorted(range(len(trials)), key=entry)
-    for source, group in groupby(order, key=lambda i: entry(i)[0]):
-        captured, members = held.captures[source], list(group)
+    same: dict[tuple, list[int]] = {}  # trials that differ only in what is read: one row for all of them
+    for i, trial in enumerate(trials):
+        source, row = held.place[trial.prompt]
+        lowest = int(sets[id(trial.neurons)][0, 0])
+        same.setdefault((source, lowest, row, id(trial.neurons), trial.factor), []).append(i)
+    for source, keys in groupby(sorted(same), key=lambda key: key[0]):
+        captured, members = held.captures[source], list(keys)
         room = max(1, budget // captured.row_cost)
-        for i in range(0, len(members), room):
-            part = members[i : i + room]
-            here = [trials[j] for j in part]
-            logits = _replayed(held, captured, here, [sets[id(trial.neurons)] for trial in here])
+        for start in range(0, len(members), room):
+            part = [same[key] for key in members[start : start + room]]
+            first = [trials[group[0]] for group in part]
+            logits = _replayed(held, captured, first, [sets[id(trial.neurons)] for trial in first])
             bad = (~torch.isfinite(logits).all(1)).nonzero()[:, 0].tolist()
             if bad:
-                query = held.queries[here[bad[0]].prompt]
+                query = held.queries[first[bad[0]].prompt]
                 raise ValueError(
-                    f"after an edit by factor {here[bad[0]].factor:g} the probabilities for {query.prompt!r} are not "
+                    f"after an edit by factor {first[bad[0]].factor:g} the probabilities for {query.prompt!r} are not "
                     "numbers; use a smaller factor or a wider dtype"
                 )
-            logp[part], said[part] = _seen(logits, held.words[[trial.prompt for trial in here]])
+            here = [i for group in part for i in group]
+            rows = torch.arange(len(part)).repeat_interleave(torch.tensor([len(group) for group in part]))
+            logp[here], said[here] = _seen(logits, rows, held.words[[trials[i].prompt for i in here]])
     return logp, said
 
 

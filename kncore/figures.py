@@ -115,26 +115,52 @@ def intervals(rows: Mapping[str, Estimate], xlabel: str, colours: Sequence[str] 
 
 
 def grouped(
-    rows: Mapping[str, Mapping[str, Estimate]], xlabel: str, colours: Sequence[str], zero: bool = True
+    rows: Mapping[str, Mapping[str, Estimate]], xlabel: str, colours: Mapping[str, str], zero: bool = True
 ) -> Axes:
-    """Several estimates a row, each series in its colour: values as dots, 95 % intervals as bars."""
-    series = list(dict.fromkeys(label for estimates in rows.values() for label in estimates))
-    _, ax = plt.subplots(figsize=(8, (0.16 * len(series) + 0.22) * len(rows) + 1.2))
-    for place, label in enumerate(series):
-        shift = (place - (len(series) - 1) / 2) * 0.72 / len(series)
+    """Several estimates a row, in the order and the colours of `colours`: values as dots, 95 % intervals as bars."""
+    _, ax = plt.subplots(figsize=(8, (0.11 * len(colours) + 0.18) * len(rows) + 1.2))
+    for place, (label, colour) in enumerate(colours.items()):
+        shift = (place - (len(colours) - 1) / 2) * 0.72 / len(colours)
         here = [(i + shift, estimates[label]) for i, estimates in enumerate(rows.values()) if label in estimates]
         for y, estimate in here:
-            ax.plot([estimate.low, estimate.high], [y, y], color=colours[place], lw=2, solid_capstyle="round")
+            ax.plot([estimate.low, estimate.high], [y, y], color=colour, lw=2, solid_capstyle="round")
         values = [estimate.value for _, estimate in here]
-        ax.plot(values, [y for y, _ in here], "o", ms=5, color=colours[place], label=label)
+        ax.plot(values, [y for y, _ in here], "o", ms=5, color=colour, label=label)
     if zero:
         ax.axvline(0, color="black", lw=0.6)
     ax.set_yticks(range(len(rows)), labels=list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set(xlabel=xlabel)
     ax.grid(axis="x", lw=0.4)
-    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(series)), fontsize=9)
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(colours)), fontsize=9)
     return ax
+
+
+def scatter(
+    table: pd.DataFrame,
+    across: Mapping[str, str],
+    up: str,
+    ylabel: str,
+    by: str,
+    colours: Mapping[str, str],
+    seed: int = 0,
+) -> Sequence[Axes]:
+    """One column of a table against others, a panel each, coloured `by` a third; least squares with its 95 % band.
+
+    `across` maps columns to axis labels. Rows without a value in a column are left out of its panel.
+    """
+    _, axes = plt.subplots(1, len(across), figsize=(8, 3.4), sharey=True, squeeze=False)
+    for ax, (column, label) in zip(axes[0], across.items(), strict=True):
+        for kind, colour in colours.items():
+            part = table[table[by] == kind]
+            ax.plot(part[column], part[up], "o", ms=3, alpha=0.45, mew=0, color=colour, label=kind)
+        line = {"color": "black", "lw": 1.4}
+        sns.regplot(table, x=column, y=up, scatter=False, line_kws=line, n_boot=1000, seed=seed, ax=ax)
+        ax.set(xlabel=label, ylabel="")
+        ax.grid(axis="y", lw=0.4)
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend(frameon=False, fontsize=9, markerscale=1.8)
+    return axes[0]
 
 
 def curves(
@@ -168,12 +194,15 @@ def word_changes(
     """Relative change of the probability of words, in per cent: a panel per edit, the words in groups.
 
     Each estimate comes with whether it is significant after correction (filled dot) or not (hollow). `marks` adds
-    further values to a panel, one marker a label: a control, a published figure.
+    further values to a panel, one marker a label (at most six): a control, a published figure. The panels share the
+    axis of words, in the order in which they first come.
     """
-    _, axes = plt.subplots(len(panels), 1, figsize=(8, 2.7 * len(panels) + 0.4), sharex=True, squeeze=False)
+    words = list(dict.fromkeys(word for groups in panels.values() for group in groups.values() for word in group))
+    at = {word: i for i, word in enumerate(words)}
+    marked = dict.fromkeys(label for further in (marks or {}).values() for label in further)
+    shapes = dict(zip(marked, "x+1234", strict=False))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 2.7 * len(panels) + 0.4), sharex=True, squeeze=False)
     for ax, (title, groups) in zip(axes[:, 0], panels.items(), strict=True):
-        words = [word for group in groups.values() for word in group]
-        at = {word: i for i, word in enumerate(words)}
         for label, group in groups.items():
             for word, (estimate, significant) in group.items():
                 ends = 100 * estimate.low, 100 * estimate.high
@@ -181,22 +210,30 @@ def word_changes(
                 face = colours[label] if significant else "white"
                 ax.plot(at[word], 100 * estimate.value, "o", ms=6, mec=colours[label], mfc=face)
             ax.plot([], [], "o", color=colours[label], label=label)
-        for shape, (label, values) in zip("x+1", (marks or {}).get(title, {}).items(), strict=False):
+        for label, values in (marks or {}).get(title, {}).items():
             ax.plot(
                 [at[word] for word in values if word in at],
                 [100 * change for word, change in values.items() if word in at],
-                shape,
+                shapes[label],
                 ms=6,
                 color=BASELINE,
                 label=label,
             )
         ax.axhline(0, color="black", lw=0.6)
         ax.set_yscale("symlog", linthresh=100)
+        reach = max(abs(limit) for limit in ax.get_ylim())
+        ticks = [0, 50, *(10**power for power in range(2, 9) if 10**power <= reach)]
+        ax.set_yticks(sorted({sign * tick for tick in ticks for sign in (1, -1)}))
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}".replace(",", " ").replace("-", "−") if y else "0")
+        ax.minorticks_off()
         ax.set_title(title, loc="left")
         ax.set_ylabel("change of mean P (%)")
         ax.grid(axis="y", lw=0.4)
         ax.set_xticks(range(len(words)), labels=words, rotation=60, ha="right", rotation_mode="anchor")
-    axes[0, 0].legend(frameon=False, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
+    handles = {
+        label: handle for ax in axes[:, 0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, frameon=False, ncols=6, loc="outside upper center", fontsize=9)
     return axes[:, 0]
 
 
@@ -234,7 +271,9 @@ def matrix(
     across = labels if columns is None else columns
     width, height = 0.46 * len(across) + 2.8, 0.46 * len(labels) + 2.2
     _, ax = plt.subplots(figsize=(width, height))
-    signed = bool((np.round(table, 2) < 0).any())
+    digits = 2 if np.abs(table).max() < 1.005 else 1
+    table = table.round(digits) + 0.0  # a negative value that rounds to zero loses its sign
+    signed = bool((table < 0).any())
     size = float(np.abs(table).max())
     sns.heatmap(
         table,
@@ -243,7 +282,7 @@ def matrix(
         cmap="RdBu_r" if signed else "cividis",
         square=True,
         annot=True,
-        fmt=".2f" if size < 1 else ".1f",
+        fmt=f".{digits}f",
         annot_kws={"size": 7},
         xticklabels=across,
         yticklabels=labels,

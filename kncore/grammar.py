@@ -56,11 +56,14 @@ def plural(noun: str) -> str:
     return noun + "s"
 
 
-def number_words(form: str) -> dict[str, list[str]]:
+def number_words(form: Literal["causal", "masked"]) -> dict[str, list[str]]:
     """Words that express number where a sentence has room for them, as `plural`, `singular` and `neutral`.
 
-    Causal form: verbs, which follow a subject. Masked form: determiners, which stand before a noun.
+    Causal form: verbs, which follow a subject. Masked form: determiners, which stand before a noun. Raises ValueError
+    for an unknown form.
     """
+    if form not in ("causal", "masked"):
+        raise unknown("form", form, ("causal", "masked"))
     return lexicon()["number_words"]["determiners" if form == "masked" else "verbs"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kncore import arch
+from kncore import arch, tokens
 from kncore.models import LM
 
 
@@ -135,3 +137,50 @@ def promoted(lm: LM, neuron: Neuron, k: int = 8, sign: int = 1) -> list[str]:
     logits = head.weight.float() @ (vector * norm.weight).float()
     words = (lm.tokenizer.decode([i]).strip() for i in (sign * logits).argsort(descending=True).tolist())
     return list(islice((word for word in words if word and "\ufffd" not in word), k))
+
+
+class Context(NamedTuple):
+    """A place in a text: the words before a token and the token, with the activation of a neuron there."""
+
+    before: str
+    token: str
+    activation: float
+
+
+def contexts(
+    lm: LM, texts: Sequence[str], neurons: Sequence[Neuron], k: int = 5, words: int = 4, batch: int = 20
+) -> dict[Neuron, list[Context]]:
+    """Where in texts each neuron is most active, without regard to sign: its k top tokens, at most one a text.
+
+    The first token of a text is passed over: it has no context, and in many models enormous activations of its own.
+    `words` says how many words before the token are kept. Raises ValueError for no texts or neurons, and a text of
+    fewer than two tokens.
+    """
+    if not texts or not neurons:
+        raise ValueError("give at least one text and one neuron to look for its contexts")
+    found: dict[Neuron, list[Context]] = {neuron: [] for neuron in neurons}
+    by_block = {block: [n for n in neurons if n[0] == block] for block in {n[0] for n in neurons}}
+    for i in range(0, len(texts), batch):
+        encoded = [tokens.Encoded(tuple(lm.tokenizer(text)["input_ids"]), 0, ()) for text in texts[i : i + batch]]
+        ids, lengths = tokens.pad(lm, encoded)
+        if bool((lengths < 2).any()):
+            raise ValueError(f"text {texts[i + int(lengths.argmin())][:40]!r} has fewer than two tokens: no context")
+        place = torch.arange(ids.shape[1], device=lm.device)
+        real = place < lengths[:, None]
+        seen: dict[Neuron, Tensor] = {}
+
+        def see(x, members):
+            seen.update({neuron: x[..., neuron[1]].float() for neuron in members})  # noqa: B023 (used in this turn)
+
+        with torch.no_grad(), contextlib.ExitStack() as hooks:
+            for block, members in by_block.items():
+                read = partial(see, members=members)
+                hooks.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites["neuron"], read))
+            lm.model.base_model(input_ids=ids, attention_mask=real.long())
+        for neuron, activation in seen.items():
+            _, places = activation.abs().masked_fill(~real | (place == 0), -1).max(1)
+            for row, at in enumerate(places.tolist()):
+                before = lm.tokenizer.decode(ids[row, :at], skip_special_tokens=True).split()[-words:]
+                token = lm.tokenizer.decode(ids[row, at : at + 1])
+                found[neuron].append(Context(" ".join(before), token.strip(), float(activation[row, at])))
+    return {neuron: sorted(some, key=lambda c: -abs(c.activation))[:k] for neuron, some in found.items()}

@@ -95,20 +95,23 @@ def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) ->
 def text_loss(lm: LM, texts: Sequence[str], batch: int = 16) -> Float[Tensor, " text"]:
     """Mean negative log-likelihood per token of each text, in nats; its exponential is the perplexity.
 
-    Causal models predict every token from those before it. Of masked models every sixth token is masked, the same
-    ones each time, and predicted from the rest. Raises ValueError for a text of fewer than two tokens.
+    Causal models predict every token from those before it. Of masked models every sixth token from the first on is
+    masked, the same ones each time, and predicted from the rest; special tokens are neither masked nor counted. Raises
+    ValueError for a text of fewer than two tokens that are not special.
     """
+    special = torch.tensor(lm.tokenizer.all_special_ids, dtype=torch.long, device=lm.device)
     losses = []
     for i in range(0, len(texts), batch):
-        encoded = [tokens.Encoded(tuple(lm.tokenizer(text)["input_ids"]), 0, ()) for text in texts[i : i + batch]]
-        if min(len(e.ids) for e in encoded) < 2:
-            raise ValueError(f"a text has fewer than two tokens for {lm.name}: nothing to predict")
-        ids, lengths = tokens.pad(lm, encoded)
+        part = texts[i : i + batch]
+        ids, lengths = tokens.pad(lm, [tokens.Encoded(tuple(lm.tokenizer(text)["input_ids"]), 0, ()) for text in part])
         real = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
+        ordinary = real & ~torch.isin(ids, special)
+        for text, count in zip(part, ordinary.sum(1), strict=True):
+            if count < 2:
+                raise ValueError(f"text {text[:40]!r} has fewer than two tokens for {lm.name}; give a longer one")
         chosen, shown = real, ids
         if lm.spec.masked:
-            special = torch.tensor(lm.tokenizer.all_special_ids, device=lm.device)
-            chosen = real & ~torch.isin(ids, special) & (torch.arange(ids.shape[1], device=lm.device) % 6 == 1)
+            chosen = ordinary & (ordinary.cumsum(1) % 6 == 1)
             shown = ids.masked_fill(chosen, lm.tokenizer.mask_token_id)
         with torch.no_grad():
             logp = lm.model(input_ids=shown, attention_mask=real.long()).logits.float().log_softmax(-1)

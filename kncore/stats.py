@@ -76,11 +76,15 @@ def difference(
 def share(flags: Sequence[bool], clusters: Sequence | None = None) -> Estimate:
     """Share of true among yes-or-no outcomes, with Wilson's interval; n counts the clusters where there are any.
 
-    Clusters weigh alike, and each counts as one outcome, so the interval is rather too wide than too narrow.
+    Clusters weigh alike, and each counts as one outcome, so the interval is rather too wide than too narrow. Raises
+    ValueError for no outcomes, and for one that is neither true nor false.
     """
     if not len(flags):
         raise ValueError("no outcomes to take a share of")
-    units = cluster_means(np.asarray(flags, dtype=bool), clusters)
+    flags = np.asarray(flags, dtype=float)
+    if not np.isin(flags, (0, 1)).all():
+        raise ValueError(f"expected outcomes that are true or false, got {flags[~np.isin(flags, (0, 1))][0]}")
+    units = cluster_means(flags, clusters)
     low, high = proportion_confint(units.sum(), len(units), method="wilson")
     return Estimate(float(units.mean()), float(low), float(high), len(units))
 
@@ -201,6 +205,41 @@ def ratio(
     return Estimate(float(quotient(top, bottom)), *limits, len(top))
 
 
+def relative_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean of `first` over mean of `second`, minus 1, independent groups, with a bootstrap interval (percentile).
+
+    n is the smaller group. The interval is the whole line where that of the mean of `second` reaches 0. Raises
+    ValueError if that mean is 0.
+    """
+    one, two = cluster_means(first), cluster_means(second)
+    base = mean(second, seed=seed)
+    if not base.value:
+        raise ValueError("the mean of the second group is 0, so nothing is relative to it; compare differences")
+
+    def excess(a, b, axis=-1):
+        over, under = np.mean(a, axis=axis), np.mean(b, axis=axis)
+        return np.divide(over, under, out=np.full_like(under, math.inf), where=under != 0) - 1
+
+    near_zero = base.low <= 0 <= base.high
+    limits = (-math.inf, math.inf) if near_zero else _bootstrap((one, two), excess, seed)
+    return Estimate(float(excess(one, two)), *limits, min(len(one), len(two)))
+
+
+def separation(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Estimate:
+    """How often a value of `first` exceeds one of `second` (ties count half), with a bootstrap interval (percentile).
+
+    The area under the ROC curve, U / (n₁ n₂) of Mann and Whitney: 0.5 if the groups are alike, 1 if `first` is always
+    larger. n is the smaller group.
+    """
+    one, two = cluster_means(first), cluster_means(second)
+
+    def area(a, b, axis=-1):
+        gaps = np.sign(a[..., :, None] - b[..., None, :])
+        return (gaps.mean(axis=(-2, -1)) + 1) / 2
+
+    return Estimate(float(area(one, two)), *_bootstrap((one, two), area, seed), min(len(one), len(two)))
+
+
 def regression(
     outcome: Sequence[float],
     predictors: Mapping[str, Sequence[float]],
@@ -275,6 +314,6 @@ def _bootstrap(groups: tuple[np.ndarray, ...], statistic, seed: int, jointly: bo
         return only, only
     method = "BCa" if len(groups) == 1 else "percentile"
     rng = np.random.default_rng(seed)
-    settings = {"n_resamples": RESAMPLES, "method": method, "paired": jointly, "vectorized": True}
+    settings = {"n_resamples": RESAMPLES, "method": method, "paired": jointly, "vectorized": True, "batch": 500}
     found = stats.bootstrap(groups, statistic, rng=rng, **settings)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from kncore import cache, claims
 from kncore.claims import CLAIMS, Claim, Verdict, read, record, table
+from kncore.grammar import number_words
+from kncore.models import REGISTRY
 from kncore.stats import Estimate
 
 LM = tiny.lm("gpt2")
@@ -421,6 +423,19 @@ def test_what_a_chapter_declares():
     assert list(shown["rule"]) == [CLAIMS["number-separates"].rule, CLAIMS["equally-few"].rule]
     with pytest.raises(KeyError):
         claims.declare("no-such-claim")
+
+
+def test_published_figures_are_changes_of_determiners_as_their_number_demands():
+    told = claims.published("bert-base-cased")
+    assert tuple(told["neuron"]) == (9, 1094)
+    change, groups = told["change"], number_words("masked")
+    assert (change["a"], change["this"], change["those"]) == (5.11, 4.83, -1.26)  # shares: +511 %, +483 %, −126 %
+    assert set(change) <= {word for group in groups.values() for word in group} and len(change) == 18
+    for group, sign in (("plural", -1), ("singular", 1), ("neutral", 0)):
+        found = {(change[word] > 0) - (change[word] < 0) for word in groups[group] if word in change}
+        assert found == {sign}
+    assert {name for name in REGISTRY if claims.published(name)} == {"bert-base-cased"}
+    assert claims.published("./some/model") is None
 
 
 # What a reader sees

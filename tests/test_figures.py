@@ -20,6 +20,35 @@ def scores(n_blocks=4, n_neurons=30):
 
 ROWS = {"one": Estimate(0.4, 0.2, 0.5, 30), "two": Estimate(-0.1, -0.3, 0.2, 12)}
 GROUPS = {"facts": [Neuron(0, 1), Neuron(0, 2), Neuron(3, 1)], "grammar": [Neuron(2, 5)]}
+EFFECTS = {
+    "all facts": {"answer": Estimate(0.9, 0.8, 0.95, 40), "word": Estimate(0.2, 0.1, 0.35, 40)},
+    "capital": {"word": Estimate(0.4, 0.2, 0.5, 9), "answer": Estimate(-0.1, -math.inf, math.inf, 1)},
+    "occupation": {"word": Estimate(0.3, 0.1, 0.6, 12)},
+}
+DOSES = {
+    "what falls": {
+        "the fact": {1: Estimate(0.8, 0.7, 0.9, 20), 10: Estimate(0.5, 0.3, 0.6, 20), 1000: Estimate(0, 0, 0.1, 20)},
+        "random": {1: Estimate(1, 0.9, 1, 20), 10: Estimate(0.9, 0.8, 1, 20)},
+    },
+    "which neurons": {"the fact": {2: Estimate(0.6, 0.5, 0.7, 20), 5: Estimate(0.4, -math.inf, math.inf, 1)}},
+}
+DOSE_COLOURS = {"the fact": figures.FACTS, "random": figures.BASELINE}
+CHANGES = {
+    "plural": {
+        "plural": {"are": (Estimate(-1.2, -2, -0.5, 9), True), "were": (Estimate(-0.1, -0.3, 0.2, 9), False)},
+        "singular": {"is": (Estimate(4.8, 3, 7.5, 9), True)},
+    },
+    "singular": {
+        "singular": {"is": (Estimate(-0.2, -0.9, 0.4, 9), False), "was": (Estimate(0, -math.inf, math.inf, 1), False)},
+        "neutral": {"will": (Estimate(0.3, 0.1, 0.4, 9), True)},
+    },
+}
+MARKS = {
+    "plural": {"random neurons": {"are": 0.01, "is": -0.02}},
+    "singular": {"as published": {"was": 5.1, "elsewhere": 1.0}, "random neurons": {"is": 0.03}},
+}
+WORD_COLOURS = {"plural": figures.GRAMMAR, "singular": figures.FACTS, "neutral": figures.BASELINE}
+LOSSES = [[2.5, -0.3, 0.001], [0.0, 1.25, -0.002]]
 DRAW = {
     "attribution_map": lambda: figures.attribution_map(scores()),
     "attribution_map_wide": lambda: figures.attribution_map(scores(30, 1536), unit="log probability"),
@@ -29,7 +58,14 @@ DRAW = {
     "intervals": lambda: figures.intervals(ROWS, "R₁²"),
     "intervals_zero": lambda: figures.intervals(ROWS, "R₁²", [figures.FACTS, figures.GRAMMAR], zero=True),
     "leaders": lambda: figures.leaders(LEADERS),
+    "grouped": lambda: figures.grouped(EFFECTS, "share", [figures.FACTS, figures.GRAMMAR]),
+    "grouped_one": lambda: figures.grouped({"a": {"b": Estimate(0.1, 0.0, 0.2, 3)}}, "share", ["black"], zero=False),
+    "curves": lambda: figures.curves(DOSES, "neurons", "share", DOSE_COLOURS)[0],
+    "word_changes": lambda: figures.word_changes(CHANGES, WORD_COLOURS, MARKS)[0],
+    "word_changes_one": lambda: figures.word_changes({"plural": CHANGES["plural"]}, WORD_COLOURS)[0],
     "matrix": lambda: figures.matrix(torch.eye(3), ["a", "b", "c"], "R₁²"),
+    "matrix_signed": lambda: figures.matrix(LOSSES, ["a", "b"], "nats", ["x", "y", "z"], [(0, 0), (1, 2)]),
+    "matrix_zero": lambda: figures.matrix(torch.zeros(2, 2), ["a", "b"], "nats"),
     "depths": lambda: figures.depths(GROUPS, 5, [figures.FACTS, figures.GRAMMAR]),
     "depths_empty": lambda: figures.depths({"facts": [Neuron(0, 1)], "none": []}, 3, ["black", "red"]),
 }
@@ -42,7 +78,14 @@ LABELS = {
     "intervals": ("R₁²", ""),
     "intervals_zero": ("R₁²", ""),
     "leaders": ("facts", ""),
+    "grouped": ("share", ""),
+    "grouped_one": ("share", ""),
+    "curves": ("neurons", "share"),
+    "word_changes": ("", "change of mean P (%)"),
+    "word_changes_one": ("", "change of mean P (%)"),
     "matrix": ("", ""),
+    "matrix_signed": ("", ""),
+    "matrix_zero": ("", ""),
     "depths": ("block", "share of refined neurons"),
     "depths_empty": ("block", "share of refined neurons"),
 }
@@ -81,11 +124,15 @@ def test_figures_draw_without_warnings_are_labelled_and_repeat_byte_for_byte(nam
     assert first.startswith(b"<?xml") and len(first) > 5000
     assert b"<dc:date>" not in first
     assert saved(DRAW[name]()) == first
+    assert len(plt.get_fignums()) == 2  # one figure a call, and none is left over
+    plt.close("all")
+    assert not plt.get_fignums()
 
 
 def test_every_figure_is_drawn_here():
     public = {name for name, thing in vars(figures).items() if getattr(thing, "__module__", "") == figures.__name__}
-    drawn = {name.removesuffix(end) for name in DRAW for end in ("_wide", "_tiny", "_one", "_zero", "_empty")}
+    ends = ("_wide", "_tiny", "_one", "_zero", "_empty", "_signed")
+    drawn = {name.removesuffix(end) for name in DRAW for end in ends}
     assert public - {"setup", "table"} <= drawn
 
 
@@ -143,6 +190,105 @@ def test_an_endless_interval_does_not_stop_the_figure():
     assert all(map(math.isfinite, ax.get_xlim()))
 
 
+def dots(ax):
+    """Drawn values: (marker, x, y, colour of the edge, colour of the face) of every line with markers and data."""
+    lines = [line for line in ax.lines if line.get_marker() != "None"]
+    return [
+        (line.get_marker(), x, y, line.get_markeredgecolor(), line.get_markerfacecolor())
+        for line in lines
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    ]
+
+
+def bars(ax):
+    """Drawn intervals: (x, y) of the two ends, of every line without markers that is no axis through 0."""
+    lines = [line for line in ax.lines if line.get_marker() == "None" and line.get_transform() == ax.transData]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+
+
+def legend(figure_or_ax):
+    return [text.get_text() for text in figure_or_ax.get_legend().get_texts()]
+
+
+def test_groups_of_intervals_are_drawn_row_by_row_each_series_in_its_colour():
+    ax = figures.grouped(EFFECTS, "share", ["red", "blue"])
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(EFFECTS) and ax.yaxis_inverted()
+    assert legend(ax) == ["answer", "word"]
+    drawn = {(round(y), colour): x for _, x, y, colour, _ in dots(ax)}
+    colours = {"answer": "red", "word": "blue"}
+    given = [(i, label, e) for i, row in enumerate(EFFECTS.values()) for label, e in row.items()]
+    assert len(dots(ax)) == len(bars(ax)) == len(given) == 5
+    assert drawn == {(i, colours[label]): e.value for i, label, e in given}
+    at = {(x, colour): y for _, x, y, colour, _ in dots(ax)}
+    for i, label, e in given:
+        y = at[e.value, colours[label]]
+        assert ([e.low, e.high], [y, y]) in bars(ax)
+        assert abs(y - i) < 0.5 and (y < i) == (label == "answer")  # the series of a row, one above the other
+    assert all(map(math.isfinite, ax.get_xlim()))
+
+
+def test_the_line_at_zero_is_drawn_if_asked_for():
+    with_zero, without = (figures.grouped(EFFECTS, "share", ["red", "blue"], zero=zero) for zero in (True, False))
+    assert len(with_zero.lines) == len(without.lines) + 1
+
+
+def test_curves_are_lines_and_bands_of_what_was_given_with_one_legend():
+    axes = figures.curves(DOSES, "neurons", "share", DOSE_COLOURS)
+    assert [ax.get_title() for ax in axes] == list(DOSES)
+    assert {ax.get_xscale() for ax in axes} == {"log"} and {ax.get_xlabel() for ax in axes} == {"neurons"}
+    (shown,) = axes[0].figure.legends
+    assert [text.get_text() for text in shown.get_texts()] == ["the fact", "random"]
+    assert [line.get_color() for line in shown.get_lines()] == list(DOSE_COLOURS.values())
+    for ax, lines in zip(axes, DOSES.values(), strict=True):
+        assert len(ax.lines) == len(ax.collections) == len(lines)
+        for line, band, (label, points) in zip(ax.lines, ax.collections, lines.items(), strict=True):
+            assert list(line.get_xdata()) == list(points) and line.get_color() == DOSE_COLOURS[label]
+            assert list(line.get_ydata()) == [estimate.value for estimate in points.values()]
+            corners = {tuple(corner) for path in band.get_paths() for corner in path.vertices}
+            for x, estimate in points.items():
+                finite = math.isfinite(estimate.low)
+                assert ((x, estimate.low) in corners) == ((x, estimate.high) in corners) == finite
+
+
+@pytest.mark.parametrize("marks", [None, MARKS])
+def test_changes_of_words_are_percentages_over_the_words_filled_where_significant(marks):
+    axes = figures.word_changes(CHANGES, WORD_COLOURS, marks)
+    words = ["are", "were", "is", "was", "will"]
+    assert [ax.get_title(loc="left") for ax in axes] == list(CHANGES)
+    assert [label.get_text() for label in axes[-1].get_xticklabels()] == words  # of both panels, which share the axis
+    for ax, groups in zip(axes, CHANGES.values(), strict=True):
+        assert list(ax.get_xticks()) == list(range(5))
+        given = [(group, word, *told) for group, some in groups.items() for word, told in some.items()]
+        drawn = {x: (y, edge, face) for marker, x, y, edge, face in dots(ax) if marker == "o"}
+        assert len(given) == len(drawn) == len(bars(ax)) == 3
+        for group, word, estimate, significant in given:
+            x, colour = words.index(word), WORD_COLOURS[group]
+            face = colour if significant else "white"
+            assert drawn[x] == (pytest.approx(100 * estimate.value), colour, face)
+            assert ([x, x], [100 * estimate.low, 100 * estimate.high]) in bars(ax)
+    (shown,) = axes[0].figure.legends
+    labels = [text.get_text() for text in shown.get_texts()]
+    assert sorted(labels) == sorted([*WORD_COLOURS, *(["random neurons", "as published"] if marks else [])])
+    further = [{(marker, x): y for marker, x, y, *_ in dots(ax) if marker != "o"} for ax in axes]
+    if marks:  # a label has one marker in all panels, and a word that no panel shows is left out
+        assert further == [
+            {("x", 0): pytest.approx(1), ("x", 2): pytest.approx(-2)},
+            {("+", 3): pytest.approx(510), ("x", 2): pytest.approx(3)},
+        ]
+    else:
+        assert further == [{}, {}]
+
+
+@pytest.mark.parametrize("change, ticks", [(0.01, 2), (3, 3), (60, 4), (2e4, 7)])
+def test_the_axis_of_changes_has_round_ticks_with_their_sign_and_no_fewer_for_small_changes(change, ticks):
+    (ax,) = figures.word_changes({"": {"g": {"w": (Estimate(change, 0, change, 9), True)}}}, {"g": "black"})
+    ax.figure.canvas.draw()
+    shown = [label.get_text() for label in ax.get_yticklabels()]
+    assert shown[ticks - 2 : ticks + 1] == ["−50", "0", "+50"] and len(shown) == 2 * ticks - 1
+    low, high = ax.get_ylim()
+    assert low <= min(0, 100 * change) and high >= 100 * change
+
+
 def test_depths_are_shares_that_sum_to_one_per_group():
     ax = figures.depths(GROUPS, 5, ["red", "blue"])
     facts, grammar = ([bar.get_height() for bar in bars] for bars in ax.containers)
@@ -166,6 +312,26 @@ def test_the_matrix_writes_its_values_in():
     assert [text.get_text() for text in ax.texts] == ["1.00", "0.25", "0.25", "1.00"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+
+
+def test_a_matrix_with_columns_has_its_own_labels_both_signs_and_frames_where_they_were_asked_for():
+    ax = figures.matrix(LOSSES, ["a", "b"], "nats", ["x", "y", "z"], [(0, 1), (1, 2)])
+    # One decimal above 1, and what rounds to zero has no sign.
+    assert [text.get_text() for text in ax.texts] == ["2.5", "-0.3", "0.0", "0.0", "1.2", "0.0"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "y", "z"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert [(patch.get_x(), patch.get_y(), patch.get_width()) for patch in ax.patches] == [(1, 0, 1), (2, 1, 1)]
+    assert ax.collections[0].get_clim() == (-2.5, 2.5)
+    assert ax.collections[0].colorbar.ax.get_ylabel() == "nats"
+    positive = figures.matrix(np.abs(LOSSES), ["a", "b"], "nats", ["x", "y", "z"])
+    assert positive.collections[0].get_clim() == (0, 2.5) and not positive.patches
+    assert positive.collections[0].get_cmap() != ax.collections[0].get_cmap()
+
+
+@pytest.mark.parametrize("size, text", [(0.999, "1.00"), (1.0000001, "1.00"), (1.01, "1.0"), (3.14159, "3.1")])
+def test_a_matrix_has_two_decimals_up_to_one(size, text):
+    shown = figures.matrix([[size, 0.25], [-0.25, 0.0]], ["a", "b"], "R₁²").texts
+    assert shown[0].get_text() == text
 
 
 def test_groups_can_be_told_apart():

@@ -53,6 +53,26 @@ def test_lexicon():
         assert not {"saw", "found", "said", "knew", "noticed", "read", "wrote", "thought", "heard"} & set(kind["verbs"])
 
 
+@pytest.mark.parametrize("form, sizes", [("causal", (8, 8, 8)), ("masked", (9, 7, 8))])
+def test_no_word_of_number_is_in_two_groups_and_all_are_single_words(form, sizes):
+    groups = grammar.number_words(form)
+    assert list(groups) == ["plural", "singular", "neutral"]
+    assert tuple(map(len, groups.values())) == sizes
+    every = [word for group in groups.values() for word in group]
+    assert len(every) == len(set(every)) and all(re.fullmatch("[a-z]+", word) for word in every)
+
+
+def test_verbs_of_number_are_pairs_and_determiners_stand_on_the_side_of_their_own():
+    verbs, determiners = grammar.number_words("causal"), grammar.number_words("masked")
+    irregular = {"are": "is", "were": "was", "have": "has", "do": "does"}
+    assert verbs["singular"] == [irregular.get(verb, verb + "s") for verb in verbs["plural"]]
+    for singular, plural_one in SINGULAR_TO_PLURAL.items():
+        assert singular in determiners["singular"] and plural_one in determiners["plural"]
+    assert set(sum(verbs.values(), [])).isdisjoint(sum(determiners.values(), []))
+    with pytest.raises(ValueError, match="unknown form 'mask'. Did you mean 'masked'"):
+        grammar.number_words("mask")
+
+
 @pytest.mark.parametrize("form", ["causal", "masked"])
 @pytest.mark.parametrize("phenomenon", ALL)
 def test_default_size_and_uniqueness(phenomenon, form):

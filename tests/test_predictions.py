@@ -1,6 +1,7 @@
-"""Predictions against plain forward passes, preferences by hand, and which items count as known."""
+"""Predictions and losses of text against plain forward passes, preferences by hand, and which items count as known."""
 
 import random
+import re
 
 import naive
 import pandas as pd
@@ -8,8 +9,8 @@ import pytest
 import tiny
 import torch
 
-from kncore import Query, grammar, predictions, public, tasks, tokens
-from kncore.predictions import known_facts, known_pairs, log_probabilities, predict
+from kncore import Query, grammar, predictions, public, suppress, tasks, tokens
+from kncore.predictions import known_facts, known_pairs, log_probabilities, predict, text_loss
 
 FACTS = [
     Query("the capital of France is", "Paris", "France", item="capital:France", template="the capital of {} is"),
@@ -121,6 +122,80 @@ def test_log_probabilities_keep_the_order_of_the_queries_whatever_the_batch(fami
         torch.testing.assert_close(log_probabilities(lm, queries, batch), whole, atol=1e-4, rtol=1e-4)
 
 
+# Losses of text
+
+TEXTS = [
+    "Anna saw these red books in the capital of Spain .",
+    "Paris is",
+    "the capital of France is Paris , the capital of Spain is Madrid .",
+    "zzz cats saw",  # the first token is [UNK]
+    "a red book",
+    "a cat zzz Anna zzz red zzz book zzz cats of Madrid saw these books , this cat saw the a of",
+]
+
+
+def naive_text_loss(lm, text):
+    """Mean of −log P, token after token, from one plain pass of the unpadded text; masked: tokens 1, 7, 13 … masked."""
+    ids = lm.tokenizer(text)["input_ids"]
+    if lm.spec.masked:
+        predicted = [i for i, token in enumerate(ids) if token >= len(tiny.SPECIAL)][::6]
+        shown = [lm.tokenizer.mask_token_id if i in predicted else token for i, token in enumerate(ids)]
+    else:
+        predicted, shown = range(1, len(ids)), ids
+    with torch.no_grad():
+        logp = lm.model(torch.tensor([shown])).logits[0].double().log_softmax(-1)
+    if not lm.spec.masked:
+        logp = logp.roll(1, 0)  # the row before a token predicts it
+    return -sum(float(logp[i, ids[i]]) for i in predicted) / len(predicted)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_loss_of_a_text_is_that_of_its_tokens_one_after_the_other_whatever_the_batch(family):
+    lm = tiny.lm(family)
+    want = [naive_text_loss(lm, text) for text in TEXTS]
+    assert max(want) - min(want) > 0.1
+    for batch in (1, 2, 16):
+        assert text_loss(lm, TEXTS, batch).tolist() == pytest.approx(want, rel=1e-4)
+
+
+def test_every_sixth_token_of_a_masked_text_is_masked_and_predicted(monkeypatch):
+    """By hand: 13 tokens and [UNK] between [CLS] and [SEP]; a model that knows no word gives log 26 for each."""
+    lm = tiny.lm("bert")
+    shown = []
+
+    def plain(input_ids, attention_mask):
+        shown.extend(lm.tokenizer.convert_ids_to_tokens(row) for row in input_ids)
+        return type("Output", (), {"logits": torch.zeros(*input_ids.shape, tiny.VOCAB)})
+
+    monkeypatch.setattr(lm.model, "forward", plain)
+    text = "zzz the capital of France is Paris , the capital of Spain is Madrid"
+    assert text_loss(lm, [text]).tolist() == pytest.approx([torch.tensor(float(tiny.VOCAB)).log().item()])
+    assert " ".join(shown[0]) == (
+        "[CLS] [UNK] [MASK] capital of France is Paris [MASK] the capital of Spain is [MASK] [SEP]"
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_the_loss_of_text_is_that_of_the_model_as_it_is_changed(family):
+    lm = tiny.lm(family)
+    before = text_loss(lm, TEXTS)
+    with suppress(lm, [(0, 3), (1, 0), (2, 7)], position="all"):
+        during = text_loss(lm, TEXTS)
+        want = [naive_text_loss(lm, text) for text in TEXTS]
+    assert during.tolist() == pytest.approx(want, rel=1e-4)
+    assert ((during - before).abs() > 1e-3).all()
+    assert torch.equal(text_loss(lm, TEXTS), before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
+@pytest.mark.parametrize("short", ["Anna", "", "zzz", "[CLS] Anna [MASK]"])
+def test_a_text_of_fewer_than_two_tokens_is_an_error_that_names_it(family, short):
+    lm = tiny.lm(family)
+    for texts in ([short], [*TEXTS, short]):
+        with pytest.raises(ValueError, match=f"text '{re.escape(short)}' has fewer than two tokens for tiny-{family}"):
+            text_loss(lm, texts)
+
+
 # Which items a model knows, with the model's answers set by hand
 
 
@@ -167,7 +242,7 @@ def test_the_first_known_facts_come_back_in_order_with_how_many_were_tried(n, se
     tried = [i for i, right in enumerate(knows) if right][n - 1] + 1
     want = [item for item, right in zip(items[:tried], knows, strict=False) if right]
     assert len(want) == n
-    assert found == ([query for item in want for query in item], tried, n)
+    assert found == ([query for item in want for query in item], tried, n, tasks.candidates("capital"))
     assert {query.item for query in found.queries} <= {query.item for query in asked}
     assert all(len({q.template for q in item}) == 5 for item in want)
 
@@ -190,8 +265,9 @@ def test_facts_are_judged_among_the_objects_of_their_relation(monkeypatch):
         return pd.DataFrame({"prefers": [True] * len(queries)})
 
     monkeypatch.setattr(predictions, "predict", predict)
-    known_facts(tiny.lm("gpt2"), "capital", 2)
+    found = known_facts(tiny.lm("gpt2"), "capital", 2)
     assert seen == [tasks.candidates("capital")] and "Paris" in seen[0]
+    assert list(found.candidates) == seen[0] == sorted({query.target for query in tasks.facts("capital")})
 
 
 @pytest.mark.parametrize("relation", predictions.RELATIONS["own"])
@@ -224,6 +300,7 @@ def test_public_facts_with_two_answers_or_few_templates_are_left_out(monkeypatch
     found = known_facts(tiny.lm("gpt2"), "P36", 20, source="somewhere")
     assert found.known == found.tried == 9
     assert sorted(query.prompt for query in found.queries) == sorted(f"S{k} {i}" for k in range(9) for i in range(5))
+    assert found.candidates == sorted({*(f"T{k}" for k in range(9)), "T", "T1", "T2"})  # what is left out is a rival
     again, other = (known_facts(tiny.lm("gpt2"), "P36", 20, seed=s, source="somewhere") for s in (0, 1))
     assert again == found and other.queries != found.queries
     known_facts(tiny.lm("bert"), "P36", 2, source="public")
@@ -240,7 +317,7 @@ def test_known_pairs_of_each_condition_in_the_models_form(family, form, n, monke
     for value, asked in found.items():
         mine = [query for query in queries if query.value == value]
         knows = [i for i, query in enumerate(mine) if number(query.prompt) % 2]
-        assert asked == ([mine[i] for i in knows[:n]], knows[n - 1] + 1, n)
+        assert asked == ([mine[i] for i in knows[:n]], knows[n - 1] + 1, n, ())
         assert all(query.masked == (form == "masked") for query in asked.queries)
 
 
@@ -250,7 +327,7 @@ def test_one_condition_can_be_known_where_the_other_is_not(monkeypatch):
     found = known_pairs(tiny.lm("gpt2"), "anaphor_gender", 4)
     for value, known, tried in (("masculine", 4, 4), ("feminine", 0, predictions.TRIES)):
         mine = [query for query in queries if query.value == value]
-        assert found[value] == (mine[:4], tried, known)
+        assert found[value] == (mine[:4], tried, known, ())
 
 
 def test_public_pairs_are_shuffled_by_the_seed_and_only_conditions_are_kept(monkeypatch):
@@ -260,4 +337,4 @@ def test_public_pairs_are_shuffled_by_the_seed_and_only_conditions_are_kept(monk
     found = known_pairs(tiny.lm("gpt2"), "anaphor_number_agreement", 20, seed=3, source="somewhere")
     shuffled = list(data)
     random.Random(3).shuffle(shuffled)
-    assert found == {v: ([q for q in shuffled if q.value == v], 20, 20) for v in ("singular", "plural")}
+    assert found == {v: ([q for q in shuffled if q.value == v], 20, 20, ()) for v in ("singular", "plural")}

@@ -151,10 +151,12 @@ def test_every_chapter_can_be_run_on_another_model():
 
 def test_imports_point_down():
     """The floors of the package's docstring name every module, and no module imports from its own floor or above."""
-    lines = [line for line in kncore.__doc__.splitlines() if re.match(r"\d\. ", line)]
-    floors = {name: int(line[0]) for line in lines for name in re.findall(r"`(\w+)`", line)}
+    told = re.findall(r"^(\d)\. (.+(?:\n {3}.+)*)", kncore.__doc__, re.MULTILINE)
+    assert [int(floor) for floor, _ in told] == list(range(1, len(told) + 1))
+    named = [(name, int(floor)) for floor, text in told for name in re.findall(r"`(\w+)`", text)]
+    floors = dict(named)
     modules = {path.stem: path for path in (ROOT / "kncore").glob("*.py") if not path.stem.startswith("__")}
-    assert set(floors) == set(modules)
+    assert set(floors) == set(modules) and len(named) == len(floors)
     for name, path in modules.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("kncore"):

@@ -512,7 +512,54 @@ def test_shares_of_yes_and_no_mirror_each_other(flags):
     assert -1e-12 <= yes.low <= yes.value + 1e-12 and yes.value - 1e-12 <= yes.high <= 1 + 1e-12
 
 
+OUTCOMES = st.lists(st.tuples(st.booleans(), st.sampled_from("abcde")), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(OUTCOMES)
+def test_wilsons_interval_of_clusters_takes_each_as_one_outcome(pairs):
+    flags, clusters = zip(*pairs, strict=True)
+    groups = [[flag for flag, other in pairs if other == c] for c in sorted(set(clusters))]
+    n, z = len(groups), 1.959964
+    p = math.fsum(sum(group) / len(group) for group in groups) / n
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    found = stats.share(flags, clusters)
+    want = [(centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)]
+    assert tuple(found) == pytest.approx((p, *want, n), abs=1e-6)
+    assert found.low <= found.value + 1e-12 and found.value - 1e-12 <= found.high and found.high - found.low > 0.1
+    assert stats.share(flags, range(len(flags))) == stats.share(flags)
+
+
+def test_one_cluster_is_one_outcome_however_often_it_is_asked():
+    many, one = stats.share([True] * 500, ["Paris"] * 500), stats.share([True])
+    assert many == one and one.low < 0.25
+    mixed = stats.share([True, False] * 250, ["Paris"] * 500)
+    assert tuple(mixed) == pytest.approx((0.5, 0.0546, 0.9454, 1), abs=1e-4)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_interval_of_a_clustered_share_covers_the_truth_in_at_least_about_95_percent(alike):
+    """20 facts with 5 prompts each, all right or wrong together (`alike`), or each on its own; the truth is 0.7."""
+    rng = np.random.default_rng(21)
+    fact = np.repeat(range(20), 5)
+    covered, pretended = [], []
+    for _ in range(400):
+        flags = rng.random(20)[fact] < 0.7 if alike else rng.random(100) < 0.7
+        for found, clusters in ((covered, fact), (pretended, None)):
+            estimate = stats.share(flags, clusters)
+            found.append(estimate.low <= 0.7 <= estimate.high)
+    assert 0.91 <= np.mean(covered) <= (0.99 if alike else 1), np.mean(covered)
+    assert np.mean(pretended) < 0.75 or not alike, np.mean(pretended)
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 0.5, 2])
+def test_outcomes_that_are_neither_true_nor_false_are_refused(bad):
+    with pytest.raises(ValueError, match=f"expected outcomes that are true or false, got {float(bad)}"):
+        stats.share([True, bad, False])
+    assert stats.share([1, 0.0, True]) == stats.share([True, False, True])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -529,8 +576,9 @@ def test_empty_lists_tables_and_clusters_of_another_length_are_refused():
             empty([])
     with pytest.raises(ValueError, match=r"list of numbers, got shape \(2, 2\)"):
         stats.mean([[1.0, 2.0], [3.0, 4.0]])
-    with pytest.raises(ValueError, match="3 values but 2 clusters"):
-        stats.mean([1.0, 2.0, 3.0], ["a", "b"])
+    for estimate in (stats.mean, stats.share):
+        with pytest.raises(ValueError, match="3 values but 2 clusters"):
+            estimate([1.0, 0.0, 1.0], ["a", "b"])
 
 
 def test_pairs_of_different_number_are_refused():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kncore import models, tasks
 from kncore.grammar import lexicon, plural
-from kncore.words import Counts, counts, nouns, passages
+from kncore.words import Counts, counts, next_words, nouns, passages
 
 WEB = counts()
 
@@ -101,6 +101,34 @@ def test_passages_name_no_subject_and_no_proper_object_of_a_fact():
     names = {name for pair in pairs for name in pair if name[0].isupper()}
     assert len(names) > 300
     assert [name for name in names if re.search(rf"\b{re.escape(name)}\b", text)] == []
+
+
+@given(st.integers(1, 100), st.integers(0, 2**32))
+def test_next_words_are_words_of_letters_after_the_first_five_of_distinct_passages(n, seed):
+    queries = next_words(n, seed)
+    assert queries == next_words(n, seed)
+    assert len(queries) == n == len({query.item for query in queries})
+    for query in queries:
+        passage = passages()[int(query.item.removeprefix("text:"))]
+        before, after = passage[: len(query.prompt)], passage[len(query.prompt) :]
+        assert before == query.prompt and not before.endswith(" ")
+        assert after.startswith(f" {query.target}") and after[len(query.target) + 1] in " "
+        assert re.fullmatch("[A-Za-z]+", query.target) and len(query.prompt.split()) >= 5
+        assert (query.task, query.subject, query.foil, query.masked) == ("text", "", "", False)
+
+
+def test_another_seed_draws_other_words():
+    assert next_words(100) == next_words(100, seed=0)
+    drawn = [{(query.item, query.prompt) for query in next_words(100, seed)} for seed in range(2)]
+    assert len(drawn[0] & drawn[1]) < 20
+    places = {len(query.prompt.split()) for seed in range(20) for query in next_words(100, seed)}
+    assert places >= set(range(5, 35))
+
+
+@pytest.mark.parametrize("n", [0, -1, 101])
+def test_more_passages_than_there_are_is_an_error_that_says_how_many(n):
+    with pytest.raises(ValueError, match=f"n={n} passages asked for; there are 100"):
+        next_words(n)
 
 
 # ----------------------------------------------------------------------------------------------- counts
