@@ -126,7 +126,7 @@ def read(
         source, row = held.place[trial.prompt]
         lowest = int(sets[id(trial.neurons)][0, 0])
         same.setdefault((source, lowest, row, id(trial.neurons), trial.factor), []).append(i)
-    for source, keys in groupby(sorted(same), key=lambda key: key[0]):
+    for source, keys in groupby(sorted(same, key=lambda key: key[:2]), key=lambda key: key[0]):
         captured, members = held.captures[source], list(keys)
         room = max(1, budget // captured.row_cost)
         for start in range(0, len(members), room):
@@ -259,4 +259,4 @@ def look_alikes(
 
 def most_active(sizes: Float[Tensor, "block neuron"], k: int) -> list[tuple[int, int]]:
     """The k neurons of the largest mean activation without its sign, wherever they are."""
-    return [tuple(divmod(i, sizes.shape[1])) for i in sizes.flatten().topk(k).indices.tolist()]
+    return [tuple(divmod(i, sizes.shape[1])) for i in sizes.flatten().topk(min(k, sizes.numel())).indices.tolist()]

@@ -21,13 +21,14 @@ from kncore.tokens import encode
 MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
-# Prompt, target, words that compete. Targets and words of two tokens; "Paris cat" begins as the target does.
+# Prompt, target, words that compete. Some are of two tokens, "Paris cat" begins as its target, "these" is asked twice.
 ASKED = [
     ("the capital of France is", "Paris", ["Madrid", "Paris cat", "Spain red"]),
     ("these", "books", []),
     ("Anna saw these red", "cats in", ["cat", "book", "cats", "books", "book red", "Anna"]),
     ("this cat is", "red", ["red"]),
     ("the capital of the book is in", "Spain", ["France"]),
+    ("these", "book", ["books", "cats"]),
 ]
 WORDS = [words for _, _, words in ASKED]
 FACTORS = [0.0, 0.5, 2.0, 4.0, -1.0]
@@ -125,6 +126,7 @@ def test_the_order_of_trials_and_of_neurons_does_not_matter(family):
     again, said_again = read(held, [trial._replace(neurons=trial.neurons[::-1]) for trial in trials[::-1]])
     torch.testing.assert_close(again.flip(0), logp, atol=1e-5, rtol=1e-5)
     assert torch.equal(said_again.flip(0), said)
+    # Bit for bit: rows are in the order of the trials, wherever in memory their sets are.
     as_tensors = [trial._replace(neurons=torch.tensor(trial.neurons)) for trial in trials]
     assert torch.equal(read(held, as_tensors)[0], logp)
 
@@ -163,13 +165,29 @@ def watched(block, see):
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_budget_bounds_the_positions_held_at_once(family):
     lm = MODELS[family]
-    held, trials = hold(lm, queries(lm)), some_trials() * 4
+    held, trials = hold(lm, queries(lm)), [trial for _ in range(4) for trial in some_trials()]
     cost = held.captures[0].row_cost
     for budget, most in ((1, 1), (cost, 1), (4 * cost - 1, 3), (10**6, 16)):
         rows = []
         with watched(lm.blocks[2], lambda x, rows=rows: rows.append(len(x))):
             read(held, trials, budget)
         assert max(rows) == most and sum(rows) == len(trials)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_trials_that_differ_only_in_what_is_read_are_one_row(family):
+    lm = MODELS[family]
+    held, neurons = hold(lm, queries(lm), WORDS), [(1, 3), (2, 0)]
+    assert held.place[1] == held.place[5] and sum(len(c.logits) for c in held.captures) == len(ASKED) - 1
+    trials = [Trial(i, neurons, factor, label) for label in "ab" for factor in (0.0, 2.0) for i in (5, 0, 1)]
+    rows = []
+    with watched(lm.blocks[2], lambda x: rows.append(len(x))):
+        logp, _ = read(held, trials)
+    assert rows == [4]
+    for trial, got in zip(trials, logp, strict=True):
+        ids = first_ids(lm, ASKED[trial.prompt][1], WORDS[trial.prompt])
+        want = whole_run(lm, queries(lm)[trial.prompt], trial)[ids]
+        torch.testing.assert_close(got[: len(ids)].double(), want, atol=2e-5, rtol=1e-5)
 
 
 def test_only_what_an_edit_can_reach_is_run():
@@ -220,9 +238,9 @@ def test_activations_are_what_a_hook_reads(family):
     lm = MODELS[family]
     asked = queries(lm)
     held = hold(lm, asked, batch=2)
-    prompts = [4, 0, 3, 3, 1, 2]
+    prompts = [4, 0, 3, 3, 1, 2, 5]
     got = held.activations(prompts)
-    assert got.shape == (6, 3, 24)
+    assert got.shape == (7, 3, 24)
     for prompt, states in zip(prompts, got, strict=True):
         for block in range(3):
             _, want = naive.forward(lm, encode(lm, asked[prompt]), block, "neuron")
@@ -299,9 +317,9 @@ def test_bad_queries_are_refused():
     lm = MODELS["gpt2"]
     with pytest.raises(ValueError, match="at least one"):
         hold(lm, [])
-    with pytest.raises(ValueError, match="5 queries but 4 lists of words"):
+    with pytest.raises(ValueError, match="6 queries but 4 lists of words"):
         hold(lm, queries(lm), WORDS[:4])
-    with pytest.raises(ValueError, match="5 queries but 0 lists of words"):
+    with pytest.raises(ValueError, match="6 queries but 0 lists of words"):
         hold(lm, queries(lm), [])
     with pytest.raises(ValueError, match="mask must come last"):
         hold(lm, [*queries(lm), Query("the [MASK] is red", "cat")])
@@ -311,8 +329,8 @@ def test_bad_queries_are_refused():
     ("prompt", "neurons", "match"),
     [
         (0, [], "prompt 0 has no neurons"),
-        (5, [(0, 0)], "prompt 5; held are 0 to 4"),
-        (-1, [(0, 0)], "prompt -1; held are 0 to 4"),
+        (6, [(0, 0)], "prompt 6; held are 0 to 5"),
+        (-1, [(0, 0)], "prompt -1; held are 0 to 5"),
         (0, [(0, 1), (3, 0)], r"neuron \(3, 0\) does not exist; tiny-\w+ has blocks 0 to 2, neurons 0 to 23"),
         (0, [(2, 24)], r"neuron \(2, 24\) does not exist"),
         (0, [(-1, 0)], r"neuron \(-1, 0\) does not exist"),
