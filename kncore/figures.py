@@ -200,7 +200,7 @@ def word_changes(
     words = list(dict.fromkeys(word for groups in panels.values() for group in groups.values() for word in group))
     at = {word: i for i, word in enumerate(words)}
     marked = dict.fromkeys(label for further in (marks or {}).values() for label in further)
-    shapes = dict(zip(marked, "x+1234", strict=False))
+    shapes = dict(zip(marked, "xDsvP*", strict=False))
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 2.7 * len(panels) + 0.4), sharex=True, squeeze=False)
     for ax, (title, groups) in zip(axes[:, 0], panels.items(), strict=True):
         for label, group in groups.items():
@@ -216,7 +216,8 @@ def word_changes(
                 [100 * change for word, change in values.items() if word in at],
                 shapes[label],
                 ms=6,
-                color=BASELINE,
+                mfc="none",
+                color=BASELINE if label == next(iter(marked)) else "black",
                 label=label,
             )
         ax.axhline(0, color="black", lw=0.6)

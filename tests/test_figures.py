@@ -6,6 +6,7 @@ import math
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -48,6 +49,17 @@ MARKS = {
     "singular": {"as published": {"was": 5.1, "elsewhere": 1.0}, "random neurons": {"is": 0.03}},
 }
 WORD_COLOURS = {"plural": figures.GRAMMAR, "singular": figures.FACTS, "neutral": figures.BASELINE}
+EFFECT_COLOURS = {"answer": "red", "word": "blue"}
+NOUNS = pd.DataFrame(
+    {
+        "kind": ["regular", "made up", "regular", "irregular", "regular", "irregular", "made up", "regular"],
+        "effect": [0.1, 0.9, 0.35, 0.4, math.nan, 0.6, 0.2, 0.75],
+        "frequency": [1.0, math.nan, 2.0, 4.0, 3.0, 5.5, 0.5, 6.0],
+        "association": [0.3, -0.2, math.nan, 1.5, 0.1, math.nan, 2.5, -1.0],
+    }
+)
+ACROSS = {"frequency": "frequency (Zipf)", "association": "association (bits)"}
+KINDS = {"irregular": figures.GRAMMAR, "regular": figures.FACTS, "made up": figures.ACCENT}
 LOSSES = [[2.5, -0.3, 0.001], [0.0, 1.25, -0.002]]
 DRAW = {
     "attribution_map": lambda: figures.attribution_map(scores()),
@@ -58,8 +70,10 @@ DRAW = {
     "intervals": lambda: figures.intervals(ROWS, "R₁²"),
     "intervals_zero": lambda: figures.intervals(ROWS, "R₁²", [figures.FACTS, figures.GRAMMAR], zero=True),
     "leaders": lambda: figures.leaders(LEADERS),
-    "grouped": lambda: figures.grouped(EFFECTS, "share", [figures.FACTS, figures.GRAMMAR]),
-    "grouped_one": lambda: figures.grouped({"a": {"b": Estimate(0.1, 0.0, 0.2, 3)}}, "share", ["black"], zero=False),
+    "grouped": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS),
+    "grouped_one": lambda: figures.grouped({"a": {"b": ROWS["one"]}}, "share", {"b": "black"}, zero=False),
+    "scatter": lambda: figures.scatter(NOUNS, ACROSS, "effect", "loss", "kind", KINDS)[0],
+    "scatter_one": lambda: figures.scatter(NOUNS, {"frequency": "Zipf"}, "effect", "loss", "kind", KINDS)[0],
     "curves": lambda: figures.curves(DOSES, "neurons", "share", DOSE_COLOURS)[0],
     "word_changes": lambda: figures.word_changes(CHANGES, WORD_COLOURS, MARKS)[0],
     "word_changes_one": lambda: figures.word_changes({"plural": CHANGES["plural"]}, WORD_COLOURS)[0],
@@ -80,6 +94,8 @@ LABELS = {
     "leaders": ("facts", ""),
     "grouped": ("share", ""),
     "grouped_one": ("share", ""),
+    "scatter": ("frequency (Zipf)", "loss"),
+    "scatter_one": ("Zipf", "loss"),
     "curves": ("neurons", "share"),
     "word_changes": ("", "change of mean P (%)"),
     "word_changes_one": ("", "change of mean P (%)"),
@@ -210,26 +226,57 @@ def legend(figure_or_ax):
     return [text.get_text() for text in figure_or_ax.get_legend().get_texts()]
 
 
-def test_groups_of_intervals_are_drawn_row_by_row_each_series_in_its_colour():
-    ax = figures.grouped(EFFECTS, "share", ["red", "blue"])
+@pytest.mark.parametrize("order", [["answer", "word"], ["word", "answer"]])
+def test_groups_of_intervals_are_drawn_row_by_row_each_series_in_its_colour(order):
+    ax = figures.grouped(EFFECTS, "share", {label: EFFECT_COLOURS[label] for label in order})
     assert [label.get_text() for label in ax.get_yticklabels()] == list(EFFECTS) and ax.yaxis_inverted()
-    assert legend(ax) == ["answer", "word"]
+    assert legend(ax) == order
+    assert [handle.get_color() for handle in ax.get_legend().get_lines()] == [EFFECT_COLOURS[label] for label in order]
     drawn = {(round(y), colour): x for _, x, y, colour, _ in dots(ax)}
-    colours = {"answer": "red", "word": "blue"}
     given = [(i, label, e) for i, row in enumerate(EFFECTS.values()) for label, e in row.items()]
     assert len(dots(ax)) == len(bars(ax)) == len(given) == 5
-    assert drawn == {(i, colours[label]): e.value for i, label, e in given}
+    assert drawn == {(i, EFFECT_COLOURS[label]): e.value for i, label, e in given}
     at = {(x, colour): y for _, x, y, colour, _ in dots(ax)}
     for i, label, e in given:
-        y = at[e.value, colours[label]]
+        y = at[e.value, EFFECT_COLOURS[label]]
         assert ([e.low, e.high], [y, y]) in bars(ax)
-        assert abs(y - i) < 0.5 and (y < i) == (label == "answer")  # the series of a row, one above the other
+        assert abs(y - i) < 0.5 and (y < i) == (label == order[0])  # the series of a row, one above the other
     assert all(map(math.isfinite, ax.get_xlim()))
 
 
 def test_the_line_at_zero_is_drawn_if_asked_for():
-    with_zero, without = (figures.grouped(EFFECTS, "share", ["red", "blue"], zero=zero) for zero in (True, False))
+    with_zero, without = (figures.grouped(EFFECTS, "share", EFFECT_COLOURS, zero=zero) for zero in (True, False))
     assert len(with_zero.lines) == len(without.lines) + 1
+
+
+def test_scattered_points_are_the_rows_that_have_both_values_in_the_colour_of_their_kind():
+    axes = figures.scatter(NOUNS, ACROSS, "effect", "loss", "kind", KINDS)
+    assert [ax.get_xlabel() for ax in axes] == list(ACROSS.values())
+    assert [ax.get_ylabel() for ax in axes] == ["loss", ""]
+    assert [ax.get_legend() is None for ax in axes] == [True, False]
+    assert legend(axes[1]) == list(KINDS)
+    handles = axes[1].get_legend().get_lines()
+    assert [handle.get_markerfacecolor() for handle in handles] == list(KINDS.values())
+    for ax, column, count in zip(axes, ACROSS, (6, 5), strict=True):
+        drawn = [(x, y, face) for _, x, y, _, face in dots(ax) if math.isfinite(x) and math.isfinite(y)]
+        rows = NOUNS[NOUNS[column].notna() & NOUNS["effect"].notna()]
+        given = [(row[column], row["effect"], KINDS[row["kind"]]) for _, row in rows.iterrows()]
+        assert sorted(drawn) == sorted(given) and len(drawn) == count
+
+
+def test_each_panel_has_one_line_the_least_squares_of_its_own_rows_and_a_band_around_it():
+    axes = figures.scatter(NOUNS, ACROSS, "effect", "loss", "kind", KINDS)
+    for ax, column in zip(axes, ACROSS, strict=True):
+        rows = NOUNS[[column, "effect"]].dropna()
+        (line,) = [line for line in ax.lines if line.get_marker() == "None"]
+        x, y = line.get_data()
+        assert (min(x), max(x)) == (rows[column].min(), rows[column].max())
+        assert y == pytest.approx(np.polyval(np.polyfit(rows[column], rows["effect"], 1), x))
+        (band,) = ax.collections
+        corners = np.concatenate([path.vertices for path in band.get_paths()])
+        for at, height in zip(x, y, strict=True):
+            here = corners[np.isclose(corners[:, 0], at), 1]
+            assert here.min() <= height + 1e-9 and height - 1e-9 <= here.max()
 
 
 def test_curves_are_lines_and_bands_of_what_was_given_with_one_legend():
@@ -273,10 +320,23 @@ def test_changes_of_words_are_percentages_over_the_words_filled_where_significan
     if marks:  # a label has one marker in all panels, and a word that no panel shows is left out
         assert further == [
             {("x", 0): pytest.approx(1), ("x", 2): pytest.approx(-2)},
-            {("+", 3): pytest.approx(510), ("x", 2): pytest.approx(3)},
+            {("D", 3): pytest.approx(510), ("x", 2): pytest.approx(3)},
         ]
+        looks = {(marker, edge, face) for ax in axes for marker, _, _, edge, face in dots(ax) if marker != "o"}
+        assert looks == {("x", figures.BASELINE, "none"), ("D", "black", "none")}
     else:
         assert further == [{}, {}]
+
+
+def test_six_marks_can_be_told_apart_and_the_first_is_grey():
+    labels = [f"mark {i}" for i in range(6)]
+    marks = {"plural": {label: {"are": i / 10} for i, label in enumerate(labels)}}
+    ax = figures.word_changes(CHANGES, WORD_COLOURS, marks)[0]
+    drawn = sorted((y, marker, edge, face) for marker, _, y, edge, face in dots(ax) if marker != "o")
+    assert [y for y, *_ in drawn] == pytest.approx([0, 10, 20, 30, 40, 50])
+    assert len({marker for _, marker, *_ in drawn}) == 6
+    assert [edge for *_, edge, _ in drawn] == [figures.BASELINE] + ["black"] * 5
+    assert {face for *_, face in drawn} == {"none"}
 
 
 @pytest.mark.parametrize("change, ticks", [(0.01, 2), (3, 3), (60, 4), (2e4, 7)])

@@ -14,6 +14,7 @@ from kncore import arch
 from kncore.neurons import (
     Neuron,
     coarse,
+    contexts,
     find_neurons,
     gram,
     per_block,
@@ -268,6 +269,100 @@ def test_promoted_by_explicit_matrices():
 def test_a_masked_models_head_is_not_read_directly(family):
     with pytest.raises(ValueError, match=f"tiny-{family} is masked"):
         promoted(tiny.lm(family), Neuron(0, 0))
+
+
+# Contexts
+
+TEXTS = [
+    "Paris is the capital of France",
+    "Anna saw the red cat",
+    "a cat is in Madrid",
+    "these books",
+    "Anna saw Anna saw Anna saw these red red books in the capital of Spain",
+    "the cat cat cat cat",
+    "this book is red",
+]
+SOME = [Neuron(block, index) for block in (2, 0, 1) for index in range(24)]
+
+
+def activations(lm, text):
+    """Words of one text, without padding, and the neurons' state at each: `[block, token, neuron]`."""
+    ids = lm.tokenizer(text)["input_ids"]
+    states = []
+    hooks = [
+        arch.projection(lm.model, lm.spec, block).register_forward_pre_hook(lambda _, args: states.append(args[0][0]))
+        for block in range(3)
+    ]
+    lm.model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return [WORDS[i] for i in ids], torch.stack(states).detach()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_contexts_are_those_of_a_search_text_by_text(family, batch):
+    lm = tiny.lm(family, dtype=torch.float64)  # rounding shall not choose between contexts of nearly one size
+    found = contexts(lm, TEXTS, SOME, k=5, words=3, batch=batch)
+    assert list(found) == SOME
+    want = {neuron: [] for neuron in SOME}
+    first = 0
+    for text in TEXTS:
+        words, states = activations(lm, text)
+        for neuron in SOME:
+            values = states[neuron.block, :, neuron.index].tolist()
+            at = max(range(1, len(values)), key=lambda i: abs(values[i]))
+            first += abs(values[0]) > abs(values[at])
+            before = [word for word in words[:at] if word not in tiny.SPECIAL][-3:]
+            want[neuron].append((" ".join(before), words[at], values[at]))
+    assert first > 0  # else it would not matter that the first token is passed over
+    for neuron, some in found.items():
+        best = sorted(want[neuron], key=lambda context: -abs(context[2]))[:5]
+        assert [context[:2] for context in some] == [context[:2] for context in best]
+        assert [context.activation for context in some] == pytest.approx([c[2] for c in best], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_text_gives_one_context_with_the_sign_of_its_activation(family):
+    found = contexts(tiny.lm(family), TEXTS, SOME, k=99)
+    sizes = [[abs(context.activation) for context in some] for some in found.values()]
+    assert all(len(some) == len(TEXTS) and some == sorted(some, reverse=True) for some in sizes)
+    signs = {context.activation > 0 for some in found.values() for context in some[:1]}
+    assert signs == {True, False}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_padding_is_no_context_however_active_a_neuron_is_there(family):
+    lm, short = tiny.lm(family), "these books"
+    n = len(lm.tokenizer(short)["input_ids"])
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    ids[0, :n] = torch.tensor(lm.tokenizer(short)["input_ids"])
+    states = []
+    with arch.at_site(lm.blocks[1], lm.spec.sites["neuron"], lambda x: states.append(x[0].detach().abs())):
+        lm.model(ids, attention_mask=(torch.arange(16) < n)[None].long())
+    louder = (states[0][n:].amax(0) > states[0][1:n].amax(0)).nonzero()[:, 0].tolist()
+    assert louder  # neurons that would choose padding
+    alone = contexts(lm, [short], [Neuron(1, i) for i in louder])
+    beside = contexts(lm, [short, "the " * 16], [Neuron(1, i) for i in louder], k=2)
+    for neuron, (context,) in alone.items():
+        assert context.token != "[PAD]"
+        (same,) = [other for other in beside[neuron] if "the" not in (*other.before.split(), other.token)]
+        assert same[:2] == context[:2] and same.activation == pytest.approx(context.activation, rel=1e-3, abs=1e-5)
+
+
+def test_no_texts_no_neurons_and_a_text_without_context_are_refused_and_leave_no_hook():
+    lm = tiny.lm("gpt2")
+    for texts, some in (([], SOME), (TEXTS, [])):
+        with pytest.raises(ValueError, match="at least one text and one neuron"):
+            contexts(lm, texts, some)
+    for short in ("book", ""):
+        with pytest.raises(ValueError, match=f"text '{short}' has fewer than two tokens"):
+            contexts(lm, [*TEXTS[:3], short, TEXTS[4]], SOME, batch=2)
+    with pytest.raises(IndexError):
+        contexts(lm, TEXTS, [Neuron(0, 0), Neuron(1, 24)])
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in lm.model.modules())
+    with pytest.raises(ValueError, match="no context"):
+        contexts(lm, [""], SOME)
 
 
 def test_no_prompts_are_refused():

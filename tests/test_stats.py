@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, t, ttest_rel, wilcoxon
+from scipy.stats import binom, mannwhitneyu, norm, t, ttest_rel, wilcoxon
 
 from kncore import stats
 from kncore.stats import Estimate
@@ -411,6 +411,94 @@ def test_a_denominator_that_may_be_zero_leaves_the_ratio_open():
     assert stats.ratio([1, 2], [2, 4]) == (0.5, 0.5, 0.5, 2)
 
 
+# Two independent groups: relative differences and separation
+
+
+def test_relative_differences_by_hand():
+    """The means of resampled pairs are the lower, the middle and the upper one with odds 1 : 2 : 1."""
+    assert stats.relative_difference([2, 4], [1, 1]) == pytest.approx((2, 1, 3, 2))
+    assert stats.relative_difference([3, 3, 3], [1, 2]) == pytest.approx((1, 0.5, 2, 2))
+    assert stats.relative_difference([1, 2, 3], [1, 1, 2]).value == pytest.approx(0.5)
+    assert stats.relative_difference([0.0, 0.0], [3.0, 3.0]) == (-1, -1, -1, 2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    NUMBERS, st.lists(st.floats(0.5, 9).map(lambda x: round(x, 3)), min_size=2, max_size=30), st.sampled_from([1, -1])
+)
+def test_a_relative_difference_is_the_ratio_of_the_means_minus_1(first, second, sign):
+    found = stats.relative_difference(first, [sign * x for x in second])
+    want = sign * (math.fsum(first) / len(first)) / (math.fsum(second) / len(second)) - 1
+    assert found.value == pytest.approx(want, abs=1e-9)
+    assert found.n == min(len(first), len(second))
+    assert found.low - 1e-9 <= found.value <= found.high + 1e-9
+
+
+def test_the_interval_of_a_relative_difference_is_as_wide_as_theory_says():
+    """The delta method: relative variances add. Groups are resampled apart, even where they hold the same values."""
+    rng = np.random.default_rng(22)
+    one, two = rng.normal(6, 2, 400), rng.normal(4, 1, 300)
+    for first, second in ((one, two), (two, two)):
+        value = first.mean() / second.mean() - 1
+        parts = (group.var() / len(group) / group.mean() ** 2 for group in (first, second))
+        half = 1.96 * (value + 1) * math.sqrt(sum(parts))
+        found = stats.relative_difference(first, second)
+        assert (found.low, found.high) == pytest.approx((value - half, value + half), abs=0.1 * half)
+
+
+def test_a_base_that_may_be_zero_leaves_the_relative_difference_open():
+    rng = np.random.default_rng(23)
+    first, second = rng.normal(1, 0.1, 30), rng.normal(0.05, 1, 30)
+    assert stats.mean(second).low < 0 < stats.mean(second).high
+    found = stats.relative_difference(first, second)
+    assert found == (pytest.approx(first.mean() / second.mean() - 1), -math.inf, math.inf, 30)
+    assert stats.relative_difference([1.0, 3.0], [4.0]) == (-0.5, -math.inf, math.inf, 1)
+    assert stats.relative_difference([2.0], [4.0, 4.0]) == (-0.5, -math.inf, math.inf, 1)
+
+
+def test_intervals_of_relative_differences_cover_the_truth(quick):
+    rng, covered = np.random.default_rng(24), []
+    for i in range(200):
+        found = stats.relative_difference(rng.normal(3, 1, 30), rng.exponential(2, 60), seed=i)
+        covered.append(found.low <= 0.5 <= found.high)
+    assert 0.89 <= np.mean(covered) <= 0.99, np.mean(covered)
+
+
+SCORES = st.lists(st.integers(-4, 4), min_size=2, max_size=12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(SCORES, SCORES)
+def test_separation_is_mann_and_whitneys_u_over_the_number_of_pairs(first, second):
+    found, swapped = stats.separation(first, second), stats.separation(second, first)
+    u = mannwhitneyu(first, second, method="asymptotic").statistic
+    assert found.value == pytest.approx(u / (len(first) * len(second)))
+    assert swapped.value == pytest.approx(1 - found.value)
+    assert found.n == swapped.n == min(len(first), len(second))
+    assert 0 <= found.low <= found.value + 1e-9 and found.value - 1e-9 <= found.high <= 1
+
+
+def test_separation_by_hand():
+    assert stats.separation([1, 3], [2, 2, 3]).value == pytest.approx(2.5 / 6)  # 3 beats both 2, and ties with 3
+    assert stats.separation([5.0, 5.0], [5.0] * 3) == (0.5, 0.5, 0.5, 2)
+    assert stats.separation([2.0], [1.0, 0.0]) == (1, -math.inf, math.inf, 1)
+
+
+def test_groups_that_do_not_overlap_are_separated_without_doubt():
+    rng = np.random.default_rng(25)
+    low, high = rng.uniform(0, 1, 9), rng.uniform(2, 3, 7)
+    assert stats.separation(high, low) == (1, 1, 1, 7)
+    assert stats.separation(low, high) == (0, 0, 0, 7)
+
+
+def test_intervals_of_separation_cover_the_truth(quick):
+    """For normal groups of spread 1 whose means differ by 1, a value of the upper is larger with P = Φ(1/√2)."""
+    rng, truth = np.random.default_rng(26), norm.cdf(1 / math.sqrt(2))
+    found = [stats.separation(rng.normal(1, 1, 25), rng.normal(0, 1, 30), seed=i) for i in range(150)]
+    covered = np.mean([one.low <= truth <= one.high for one in found])
+    assert 0.88 <= covered <= 0.99, covered
+
+
 # Regression
 
 
@@ -600,6 +688,17 @@ def test_relative_changes_and_ratios_that_are_none_are_refused():
         stats.relative_change([0.0, 0.0], [0.1, 0.2])
     with pytest.raises(ValueError, match="denominator's mean is 0"):
         stats.ratio([1.0, 2.0], [1.0, -1.0])
+    with pytest.raises(ValueError, match="mean of the second group is 0"):
+        stats.relative_difference([1.0, 2.0], [1.0, -1.0])
+
+
+@pytest.mark.parametrize("function", [stats.relative_difference, stats.separation])
+def test_groups_without_values_and_values_that_are_none_are_refused(function):
+    for first, second in (([], [1.0]), ([1.0], [])):
+        with pytest.raises(ValueError, match="expected a list of numbers"):
+            function(first, second)
+    with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+        function([1.0, 2.0], [1.0, float("nan")])
 
 
 @pytest.mark.parametrize("bad", [[0.1, 1.2], [-0.1], [float("nan"), 0.5]])
