@@ -98,6 +98,16 @@ def block_shares(curves: Mapping[str, Sequence[float]], ylabel: str, colours: Se
     return ax
 
 
+def _label_rows(ax: Axes, rows: Sequence[str], xlabel: str, zero: bool) -> None:
+    """The first row on top, light lines across, a black one at zero."""
+    if zero:
+        ax.axvline(0, color="black", lw=0.6)
+    ax.set_yticks(range(len(rows)), labels=rows)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set(xlabel=xlabel)
+    ax.grid(axis="x", lw=0.4)
+
+
 def intervals(rows: Mapping[str, Estimate], xlabel: str, colours: Sequence[str] = (), zero: bool = False) -> Axes:
     """One line per estimate: the value as a dot, its 95 % interval as a bar."""
     _, ax = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.0))
@@ -105,12 +115,7 @@ def intervals(rows: Mapping[str, Estimate], xlabel: str, colours: Sequence[str] 
         colour = colours[i] if colours else FACTS
         ax.plot([estimate.low, estimate.high], [i, i], color=colour, lw=2.2, solid_capstyle="round")
         ax.plot(estimate.value, i, "o", color=colour, ms=6)
-    if zero:
-        ax.axvline(0, color="black", lw=0.6)
-    ax.set_yticks(range(len(rows)), labels=list(rows))
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set(xlabel=xlabel)
-    ax.grid(axis="x", lw=0.4)
+    _label_rows(ax, list(rows), xlabel, zero)
     return ax
 
 
@@ -126,12 +131,7 @@ def grouped(
             ax.plot([estimate.low, estimate.high], [y, y], color=colour, lw=2, solid_capstyle="round")
         values = [estimate.value for _, estimate in here]
         ax.plot(values, [y for y, _ in here], "o", ms=5, color=colour, label=label)
-    if zero:
-        ax.axvline(0, color="black", lw=0.6)
-    ax.set_yticks(range(len(rows)), labels=list(rows))
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set(xlabel=xlabel)
-    ax.grid(axis="x", lw=0.4)
+    _label_rows(ax, list(rows), xlabel, zero)
     ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(colours)), fontsize=9)
     return ax
 
@@ -149,6 +149,7 @@ def scatter(
 
     `across` maps columns to axis labels. Rows without a value in a column are left out of its panel.
     """
+    table = table[table[by].isin(colours)]
     _, axes = plt.subplots(1, len(across), figsize=(8, 3.4), sharey=True, squeeze=False)
     for ax, (column, label) in zip(axes[0], across.items(), strict=True):
         for kind, colour in colours.items():

@@ -152,12 +152,20 @@ def contexts(
 ) -> dict[Neuron, list[Context]]:
     """Where in texts each neuron is most active, without regard to sign: its k top tokens, at most one a text.
 
-    The first token of a text is passed over: it has no context, and in many models enormous activations of its own.
-    `words` says how many words before the token are kept. Raises ValueError for no texts or neurons, and a text of
-    fewer than two tokens.
+    The first token of a text is passed over: it has no context, and in many models enormous activations of its own;
+    special tokens are too. `words` (at least 1) says how many words before the token are kept. Raises ValueError for no
+    texts or neurons, a neuron that does not exist, and a text of fewer than two tokens or longer than the context.
     """
-    if not texts or not neurons:
-        raise ValueError("give at least one text and one neuron to look for its contexts")
+    if not texts or not neurons or words < 1:
+        raise ValueError("give at least one text and one neuron, and one word of context or more")
+    for block, index in neurons:
+        if not (0 <= block < len(lm.blocks) and 0 <= index < lm.n_neurons):
+            raise ValueError(
+                f"neuron {(block, index)} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}, neurons 0 to "
+                f"{lm.n_neurons - 1}"
+            )
+    special = torch.tensor(lm.tokenizer.all_special_ids, dtype=torch.long, device=lm.device)
+    limit = getattr(lm.model.config, "max_position_embeddings", None) or float("inf")
     found: dict[Neuron, list[Context]] = {neuron: [] for neuron in neurons}
     by_block = {block: [n for n in neurons if n[0] == block] for block in {n[0] for n in neurons}}
     for i in range(0, len(texts), batch):
@@ -165,8 +173,12 @@ def contexts(
         ids, lengths = tokens.pad(lm, encoded)
         if bool((lengths < 2).any()):
             raise ValueError(f"text {texts[i + int(lengths.argmin())][:40]!r} has fewer than two tokens: no context")
+        if ids.shape[1] > limit:
+            text = texts[i + int(lengths.argmax())]
+            raise ValueError(f"text {text[:40]!r} has {ids.shape[1]} tokens, the context of {lm.name} is {limit}")
         place = torch.arange(ids.shape[1], device=lm.device)
         real = place < lengths[:, None]
+        shown = real & (place > 0) & ~torch.isin(ids, special)
         seen: dict[Neuron, Tensor] = {}
 
         def see(x, members):
@@ -178,8 +190,10 @@ def contexts(
                 hooks.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites["neuron"], read))
             lm.model.base_model(input_ids=ids, attention_mask=real.long())
         for neuron, activation in seen.items():
-            _, places = activation.abs().masked_fill(~real | (place == 0), -1).max(1)
+            _, places = activation.abs().masked_fill(~shown, -1).max(1)
             for row, at in enumerate(places.tolist()):
+                if not bool(shown[row, at]):
+                    continue  # nothing but special tokens after the first
                 before = lm.tokenizer.decode(ids[row, :at], skip_special_tokens=True).split()[-words:]
                 token = lm.tokenizer.decode(ids[row, at : at + 1])
                 found[neuron].append(Context(" ".join(before), token.strip(), float(activation[row, at])))

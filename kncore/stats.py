@@ -221,7 +221,8 @@ def relative_difference(first: Sequence[float], second: Sequence[float], seed: i
         return np.divide(over, under, out=np.full_like(under, math.inf), where=under != 0) - 1
 
     near_zero = base.low <= 0 <= base.high
-    limits = (-math.inf, math.inf) if near_zero else _bootstrap((one, two), excess, seed)
+    with np.errstate(invalid="ignore"):  # as in `ratio`
+        limits = (-math.inf, math.inf) if near_zero else _bootstrap((one, two), excess, seed)
     return Estimate(float(excess(one, two)), *limits, min(len(one), len(two)))
 
 

@@ -311,7 +311,8 @@ def test_contexts_are_those_of_a_search_text_by_text(family, batch):
         words, states = activations(lm, text)
         for neuron in SOME:
             values = states[neuron.block, :, neuron.index].tolist()
-            at = max(range(1, len(values)), key=lambda i: abs(values[i]))
+            plain = [i for i, word in enumerate(words) if i > 0 and word not in tiny.SPECIAL]
+            at = max(plain, key=lambda i: abs(values[i]))
             first += abs(values[0]) > abs(values[at])
             before = [word for word in words[:at] if word not in tiny.SPECIAL][-3:]
             want[neuron].append((" ".join(before), words[at], values[at]))
@@ -358,8 +359,11 @@ def test_no_texts_no_neurons_and_a_text_without_context_are_refused_and_leave_no
     for short in ("book", ""):
         with pytest.raises(ValueError, match=f"text '{short}' has fewer than two tokens"):
             contexts(lm, [*TEXTS[:3], short, TEXTS[4]], SOME, batch=2)
-    with pytest.raises(IndexError):
-        contexts(lm, TEXTS, [Neuron(0, 0), Neuron(1, 24)])
+    for missing in (Neuron(1, 24), Neuron(3, 0), Neuron(0, -1)):
+        with pytest.raises(ValueError, match=f"neuron \\({missing.block}, {missing.index}\\) does not exist"):
+            contexts(lm, TEXTS, [Neuron(0, 0), missing])
+    with pytest.raises(ValueError, match="the context of tiny-gpt2 is 64"):
+        contexts(lm, ["the " * 65], SOME)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in lm.model.modules())
     with pytest.raises(ValueError, match="no context"):
         contexts(lm, [""], SOME)
