@@ -203,11 +203,11 @@ def _replayed(held: Held, captured: Capture, trials: list[Trial], sets: list[Ten
 
 
 def measure(held: Held, trials: Sequence[Trial]) -> pd.DataFrame:
-    """One row per trial: its label and prompt, what the prompt asks, and before and after the edit
+    """One row per trial: its label and prompt, what the prompt asks, and before and after the edit:
 
-    `logp`, log-probability of the target; `margin`, its log-odds against the best of the other held words; `mass`, the
-    log-probability of all held words together; `prefers`, whether the target is the best of them; `says`, whether it is
-    the most probable token of all.
+    `logp`, log-probability of the target; `margin`, its log-odds against the best of the other held words (infinite
+    where there are none); `mass`, the log-probability of all held words together; `prefers`, whether the target is the
+    best of them; `says`, whether it is the most probable token of all.
 
     `loss`, `loss_margin` and `loss_mass` are before minus after, in nats; `changed`, whether the most probable token is
     another one.

@@ -125,7 +125,9 @@ def value_update(
     """The knowledge-neuron edit of Dai et al. 2022 (section 5.1), as deltas for `edited`.
 
     From the value vector of each neuron it takes `scale[0]` times the output embedding of the query's target and adds
-    `scale[1]` times that of `new` (of their first tokens). Raises ValueError as `suppress` does.
+    `scale[1]` times that of `new` (of their first tokens). This supposes that the neurons are positive where it
+    matters, as in BERT; those of gated MLPs (LLaMA) are often negative, and then the update works the other way round.
+    Raises ValueError as `suppress` does.
     """
     old, wanted = (tokens.encode(lm, query, word).target[0] for word in (query.target, new))
     table = lm.model.get_output_embeddings().weight.detach().float()
