@@ -1,4 +1,4 @@
-"""The store of attribution scores on disk: content-addressed, written in one step."""
+"""The store of results on disk: content-addressed, written in one step."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ def code_version(modules: tuple[str, ...] = CODE) -> str:
 
 
 def key(lm: LM, encoded: Encoded, settings: dict) -> str:
-    """Name of a result: everything it depends on, hashed."""
-    told = [lm.revision, lm.spec.family, str(lm.dtype), str(lm.device.type), code_version(), settings]
-    told += [encoded.ids, encoded.position, encoded.target, version("torch"), version("transformers")]
+    """Name of the scores of one query."""
+    return name(lm, {**settings, "query": [encoded.ids, encoded.position, encoded.target]}, CODE)
+
+
+def name(lm: LM, settings: dict, modules: tuple[str, ...]) -> str:
+    """Name of a result: everything it depends on, hashed; `modules` are those whose text decides it."""
+    told = [lm.revision, lm.spec.family, str(lm.dtype), str(lm.device.type), code_version(modules), settings]
+    told += [version("torch"), version("transformers")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

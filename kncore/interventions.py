@@ -119,6 +119,41 @@ def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
             module.weight = before[block]
 
 
+@contextlib.contextmanager
+def edited_rows(lm: LM, deltas: Sequence[Sequence[Delta]]) -> Iterator[None]:
+    """Context in which row r of every batch is run as by a model with the value vectors changed by `deltas[r]`.
+
+    So one batch asks many edited models; no weight is touched. A batch of another number of rows raises ValueError, as
+    do blocks and shapes that are not the model's.
+    """
+    blocks = sorted({delta.block for some in deltas for delta in some})
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            if not 0 <= block < len(lm.blocks):
+                raise ValueError(f"block {block} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}")
+            here = [[delta for delta in some if delta.block == block] for some in deltas]
+            rank = max(sum(len(delta.neurons) for delta in some) for some in here)
+            shape = arch.value_vectors(lm.model, lm.spec, block).shape
+            reads, writes = (torch.zeros(len(deltas), rank, width, device=lm.device, dtype=lm.dtype) for width in shape)
+            for row, some in enumerate(here):
+                if some:
+                    neurons, hidden = torch.cat([d.neurons for d in some]), torch.cat([d.hidden for d in some])
+                    if neurons.shape[1:] != shape[:1] or hidden.shape[1:] != shape[1:]:
+                        raise ValueError(
+                            f"delta for block {block} has widths {(neurons.shape[1], hidden.shape[1])}; expected "
+                            f"{tuple(shape)}"
+                        )
+                    reads[row, : len(neurons)], writes[row, : len(hidden)] = neurons, hidden
+
+            def add(module, args, out, reads=reads, writes=writes):
+                if len(out) != len(reads):
+                    raise ValueError(f"a batch of {len(out)} rows, but deltas for {len(reads)}; give one list a row")
+                return out + (args[0] @ reads.transpose(1, 2)) @ writes
+
+            hooks.callback(arch.projection(lm.model, lm.spec, block).register_forward_hook(add).remove)
+        yield
+
+
 def value_update(
     lm: LM, query: Query, new: str, neurons: Sequence[tuple[int, int]], scale: tuple[float, float] = (1.0, 8.0)
 ) -> list[Delta]:

@@ -26,15 +26,17 @@ from kncore.tokens import Encoded, pad
 class Capture:
     """States of one forward pass over a padded batch of prompts.
 
-    `inputs[l]` is what enters block l at the positions that rows carry; `sites[name][l]` the state of a site at the
-    target position; `keys`, `values` those of the tokens before `start`; `mask` the additive attention mask of a row
-    over (prefix, row), one per sliding window; `rotary` the rotary embeddings at the row's positions.
+    `start` is the first position that rows carry, per prompt. `inputs[l]` is what enters block l at the positions that
+    rows carry; `sites[name][l]` the state of a site at the target position, or where `at` said; `target` the target
+    position, counted from `start`; `keys`, `values` those of the tokens before `start`; `mask` the additive attention mask of a row over
+    (prefix, row), one per sliding window; `rotary` the rotary embeddings at the row's positions.
     """
 
     lm: LM
     inputs: list[Float[Tensor, "query row hidden"]]
     sites: dict[str, list[Float[Tensor, "query width"]]]
     logits: Float[Tensor, "query vocab"]
+    start: Int[Tensor, " query"]
     target: Int[Tensor, " query"]
     keys: list[Float[Tensor, "query head prefix width"]]
     values: list[Float[Tensor, "query head prefix width"]]
@@ -52,22 +54,29 @@ class Capture:
 class Change:
     """Rows that leave the captured run at one site of one block.
 
-    Row r continues prompt `prompts[r]`; at its target position the site's state becomes `values[r]`.
+    Row r continues prompt `prompts[r]`; at token `position[r]` of it (by default where it predicts its target) the
+    site's state becomes `values[r]`.
     """
 
     block: int
     prompts: Int[Tensor, " row"]
     values: Float[Tensor, "row width"]
     site: str = "neuron"
+    position: Int[Tensor, " row"] | None = None
 
 
 def capture(
-    lm: LM, batch: Sequence[Encoded], sites: Iterable[str] = ("neuron",), start: Sequence[int] | None = None
+    lm: LM,
+    batch: Sequence[Encoded],
+    sites: Iterable[str] = ("neuron",),
+    start: Sequence[int] | None = None,
+    at: Sequence[int] | None = None,
 ) -> Capture:
     """Run the model once over a batch of encoded prompts and keep what replay needs.
 
     `start` is the first position that a row carries, per prompt (default: the target position for causal models; a
-    masked model attends both ways, so its rows always carry the whole sequence).
+    masked model attends both ways, so its rows always carry the whole sequence). `at` is the position whose states are
+    kept, per prompt (default: the target position).
     """
     from transformers import DynamicCache
 
@@ -80,6 +89,7 @@ def capture(
         first = target if start is None else torch.tensor(list(start), device=lm.device)
         if bool((first > target).any()):
             raise ValueError("a row must start at or before the position that predicts the target")
+    seen = target if at is None else torch.tensor(list(at), device=lm.device)
     width = int((lengths - first).max())
     here = (first[:, None] + torch.arange(width, device=lm.device)).clamp_max(ids.shape[1] - 1)
     rows = torch.arange(len(batch), device=lm.device)
@@ -97,7 +107,7 @@ def capture(
         for block in lm.blocks:
             hooks.callback(block.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
             for name, site in sites.items():
-                hooks.enter_context(arch.at_site(block, site, lambda x, n=name: kept[n].append(x[rows, target])))
+                hooks.enter_context(arch.at_site(block, site, lambda x, n=name: kept[n].append(x[rows, seen])))
         past = None if lm.spec.masked else DynamicCache()
         real = (torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]).long()
         options = {} if past is None else {"past_key_values": past, "use_cache": True}
@@ -112,6 +122,7 @@ def capture(
         inputs,
         kept,
         logits,
+        first,
         target - first,
         [layer.keys[:, :, :prefix] for layer in layers],
         [layer.values[:, :, :prefix] for layer in layers],
@@ -124,8 +135,16 @@ def replay(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row v
     """Logits at the target position after each change; rows in the order of `changes`, which must rise in block.
 
     Differentiable with respect to the changes' values. Equal to a full forward pass with a hook that makes the same
-    change, to the precision of the dtype. Raises ValueError for changes out of order or of the wrong width.
+    change, to the precision of the dtype. Raises ValueError for changes out of order or of the wrong width, or at a
+    position that rows do not carry.
     """
+    rows = states(captured, changes)
+    target = captured.target[torch.cat([change.prompts for change in changes])]
+    return captured.lm.readout(rows[torch.arange(len(rows), device=rows.device), target]).float()
+
+
+def states(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row token hidden"]:
+    """As `replay`, but what leaves the last block at every position that rows carry, from `captured.start` on."""
     lm = captured.lm
     _check(captured, changes)
     todo = list(changes)
@@ -139,12 +158,11 @@ def replay(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row v
                 offset = 0 if rows is None else len(rows)
                 rows = new if rows is None else torch.cat([rows, new])
                 prompts = change.prompts if prompts is None else torch.cat([prompts, change.prompts])
-                position = captured.target[change.prompts]
+                position = _place(captured, change)
                 write = partial(_write, offset=offset, position=position, values=change.values)
                 hooks.enter_context(arch.at_site(block, _site(lm, change.site), write))
             rows = _run(captured, block, rows, prompts)
-    target = captured.target[prompts]
-    return lm.readout(rows[torch.arange(len(rows), device=rows.device), target]).float()
+    return rows
 
 
 def passes(captured: Capture, changes: Sequence[Change], budget: int) -> Iterator[list[Change]]:
@@ -156,7 +174,8 @@ def passes(captured: Capture, changes: Sequence[Change], budget: int) -> Iterato
         while done < len(change.prompts):
             take = min(free, len(change.prompts) - done)
             part = slice(done, done + take)
-            batch.append(Change(change.block, change.prompts[part], change.values[part], change.site))
+            at = None if change.position is None else change.position[part]
+            batch.append(Change(change.block, change.prompts[part], change.values[part], change.site, at))
             done, free = done + take, free - take
             if free == 0:
                 yield batch
@@ -244,6 +263,16 @@ def _check(captured: Capture, changes: Sequence[Change]) -> None:
         known = captured.sites.get(change.site)
         if known and change.values.shape[1] != known[0].shape[1]:
             raise ValueError(f"site {change.site!r} has width {known[0].shape[1]}, got {change.values.shape[1]}")
+        place, width = _place(captured, change), captured.inputs[0].shape[1]
+        if bool(((place < 0) | (place >= width)).any()):
+            raise ValueError(f"block {change.block}: a change at a position that rows do not carry; capture from there")
+
+
+def _place(captured: Capture, change: Change) -> Int[Tensor, " row"]:
+    """Where a change lies within its rows."""
+    if change.position is None:
+        return captured.target[change.prompts]
+    return change.position - captured.start[change.prompts]
 
 
 def _write(x: Tensor, offset: int, position: Tensor, values: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation of facts: its name, what it relates, its Wikidata property, the relation that is its
+    """A relation of facts: its name, what it relates, its Wikidata property (or ""), the relation that is its
     inverse (or ""), the templates with {} in place of the subject, and the (subject, object) pairs sorted
     by subject."""
 
@@ -143,7 +143,7 @@ def facts(relation: str, n: int | None = None, seed: int = 0, templates: Sequenc
     if n is not None and not 0 < n <= len(pairs):
         raise ValueError(f"n={n} facts of {relation!r} asked for; there are {len(pairs)}, n may be 1 to that")
     random.Random(seed).shuffle(pairs)
-    return [_ask(known, pair, template) for pair in pairs[:n] for template in templates]
+    return [ask(known, pair, template) for pair in pairs[:n] for template in templates]
 
 
 def candidates(relation: str) -> list[str]:
@@ -151,9 +151,13 @@ def candidates(relation: str) -> list[str]:
     return sorted({target for _, target in describe(relation).pairs})
 
 
-def _ask(known: Relation, pair: tuple[str, str], template: str) -> Query:
+def ask(known: Relation, pair: tuple[str, str], template: str, foil: str = "") -> Query:
+    """A (subject, object) pair of a relation asked through a template; a subject that starts the prompt gets a capital.
+
+    Raises ValueError where the query breaks the rules of `Query`.
+    """
     subject, target = pair
     item = f"{known.name}:{subject}"
     if template.startswith("{}"):
         subject = subject[0].upper() + subject[1:]
-    return Query(template.replace("{}", subject), target, subject, task=known.name, item=item, template=template)
+    return Query(template.replace("{}", subject), target, subject, foil, known.name, item, template)

@@ -39,7 +39,7 @@ def encode(lm: LM, query: Query, target: str | None = None) -> Encoded:
     about a mask with text after it.
     """
     word = query.target if target is None else target
-    ids, position, wanted = (_masked if lm.spec.masked else _causal)(lm, query.prompt, word)
+    ids, position, wanted, *_ = (_masked if lm.spec.masked else _causal)(lm, query.prompt, word)
     if not wanted:
         raise ValueError(f"target {word!r} has no tokens for {lm.name}")
     limit = getattr(lm.model.config, "max_position_embeddings", None)
@@ -74,17 +74,32 @@ def _causal(lm: LM, prompt: str, word: str) -> tuple[list[int], int, list[int]]:
     return ids, len(ids) - 1, joint[len(ids) :]
 
 
-def _masked(lm: LM, prompt: str, word: str) -> tuple[list[int], int, list[int]]:
+def _masked(lm: LM, prompt: str, word: str) -> tuple[list[int], int, list[int], str]:
     if MASK not in prompt:
         prompt = f"{prompt} {MASK}."
     before, _, after = prompt.partition(MASK)
     spaced = " " if before.endswith(" ") else ""
     wanted = lm.tokenizer(spaced + word, add_special_tokens=False)["input_ids"]
-    ids = lm.tokenizer(before + lm.tokenizer.mask_token * len(wanted) + after)["input_ids"]
+    text = before + lm.tokenizer.mask_token * len(wanted) + after
+    ids = lm.tokenizer(text)["input_ids"]
     mask = lm.tokenizer.mask_token_id
     if ids.count(mask) != len(wanted):
         raise ValueError(f"prompt {prompt!r} holds mask tokens of its own; mark the one place with {MASK}")
-    return ids, ids.index(mask) if wanted else 0, wanted
+    return ids, ids.index(mask) if wanted else 0, wanted, text
+
+
+def span(lm: LM, query: Query, target: str | None = None) -> tuple[int, int]:
+    """Positions of the first and the last token of a query's subject among the ids of `encode`.
+
+    Where the subject occurs more than once, it is the last time. Raises ValueError for a query without a subject.
+    """
+    if not query.subject:
+        raise ValueError(f"prompt {query.prompt!r} has no subject; give the part of it that is to be found")
+    text = _masked(lm, query.prompt, query.target if target is None else target)[3] if lm.spec.masked else query.prompt
+    at = text.rindex(query.subject)
+    found = lm.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    inside = [i for i, (start, end) in enumerate(found) if start < at + len(query.subject) and end > at and start < end]
+    return inside[0], inside[-1]
 
 
 def steps(lm: LM, encoded: Encoded) -> list[Encoded]:

@@ -1,0 +1,308 @@
+"""Cases: what an editor is asked to write, and what the edited model is asked afterwards.
+
+A request is a `Query` whose `target` is the present answer and whose `foil` is the answer that the edit shall install.
+In what is asked afterwards `target` is what a model that took the edit in says, and `foil` its rival:
+
+    reliability       the request itself
+    generality        paraphrases of it; for agreement, the same determiner before other nouns
+    locality          other subjects (for agreement: the determiners of the other number) keep their own answers
+    symmetry          the question read backwards (Niu et al. 2024, section 5): after "the capital of Canada is Rome",
+                      Rome is the capital of Canada, no longer of Italy
+    symmetry_old      the same for the answer before the edit, which is left without a right answer: the target is the
+                      subject of the request, and there is no foil
+    synonymy          the same fact in other words (section 5): whoever works in linguistics is a linguist
+    largest_city      a control of capitals: the largest city of the country is what it was
+    other_determiner  the other determiner of the number that was edited follows, if it is a rule that was edited
+
+Everything is drawn from lists with a seed. All cases are drawn before the first `n` are taken, so that a smaller `n`
+gives the first cases of a larger one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+
+from kncore import grammar, public, tasks
+from kncore.tasks import DATA, Query, Relation
+
+CRITERIA = (
+    "reliability",
+    "generality",
+    "locality",
+    "symmetry",
+    "symmetry_old",
+    "synonymy",
+    "largest_city",
+    "other_determiner",
+)
+PUBLIC = ("counterfact", "P36", "P1376", "P101")
+CONTROLS = {"capital": "largest_city"}
+FEW = 5  # neighbours of a request; other nouns after a determiner
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request, and per criterion (of `CRITERIA`) the queries that are asked after the edit."""
+
+    request: Query
+    asked: Mapping[str, tuple[Query, ...]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "asked", MappingProxyType(dict(self.asked)))
+
+
+@cache
+def scholars() -> Mapping[str, str]:
+    """Persons and the field that each is known for, sorted by person."""
+    return MappingProxyType(dict(sorted(row[:2] for row in _rows("scholars"))))
+
+
+@cache
+def synonyms() -> Mapping[str, tuple[str, ...]]:
+    """Fields of work and what a worker in the field is called: the usual word first, then others that are right too."""
+    return MappingProxyType(
+        {field: (usual, *filter(None, more.split("|"))) for field, usual, more in _rows("synonyms")}
+    )
+
+
+def bijective(
+    relation: str = "capital",
+    n: int | None = None,
+    seed: int = 0,
+    subjects: Collection[str] | None = None,
+    objects: Collection[str] | None = None,
+) -> list[Case]:
+    """`n` requests (None: all) that give a subject another object of the same relation, for symmetry (section 5).
+
+    Only facts that stand in the table of the inverse relation too are edited. Subjects come in an order drawn from
+    `seed`. The new object is drawn from `objects` (None: all), is never the old one, and comes only once before every
+    object of the pool has come. `subjects` are those to edit and, as far as they suffice, to take neighbours from:
+    give the ones that the model knows, and as `objects` the ones whose reverse it knows.
+
+    Raises ValueError for an unknown relation, one without an inverse, a subject or object without such a fact, no
+    object to draw, or an `n` that is not from 1 to the number of subjects.
+    """
+    known = tasks.describe(relation)
+    if not known.inverse:
+        both_ways = ", ".join(name for name in tasks.relations() if tasks.describe(name).inverse)
+        raise ValueError(
+            f"relation {relation!r} has no inverse, so no symmetry to ask for; those with one: {both_ways}"
+        )
+    control = tasks.describe(CONTROLS[relation]) if relation in CONTROLS else None
+    return _bijective(known, tasks.describe(known.inverse), control, n, seed, subjects, objects)
+
+
+def synonymy(n: int | None = None, seed: int = 0, subjects: Collection[str] | None = None) -> list[Case]:
+    """`n` requests (None: all) that move a scholar to another field of work, for synonymy (section 5).
+
+    Persons come in an order drawn from `seed`. The new field is drawn among those in which nobody has the occupation
+    of the old one, and comes only once before every field has come. Asked for synonymy: what the person is, with the
+    occupation of the new field as target and that of the old field as foil. `subjects` as in `bijective`.
+
+    Raises ValueError for a subject that is no scholar of the table, or an `n` that is not from 1 to their number.
+    """
+    known = replace(tasks.describe("field_of_work"), pairs=tuple(scholars().items()))
+    return _synonymy(known, n, seed, subjects)
+
+
+def agreement(n: int | None = None, seed: int = 0) -> list[Case]:
+    """`n` requests (None: 400) that make a determiner take a noun in the wrong number: "Anna explored these" -> castle.
+
+    They are the minimal pairs of `grammar.minimal_pairs("determiner_noun")`, half of them plural determiners that shall
+    take a singular, half the other way round. Generality: the determiner of the request in five other pairs drawn from
+    `seed`. Raises ValueError for an odd `n` or one that the grammar does not have.
+    """
+    pool = grammar.minimal_pairs("determiner_noun", seed=seed)
+    partner = {one: other for numbers in zip(*grammar.DETERMINERS, strict=True) for one, other in _both(*numbers)}
+    cases = []
+    for request in grammar.minimal_pairs("determiner_noun", n=n, seed=seed):
+        others = [q for q in pool if q.subject == request.subject and q.item != request.item]
+        drawn = random.Random(f"{request.prompt} {seed}").sample(others, FEW)
+        kept = [word for word in partner if word not in (request.subject, partner[request.subject])]
+        value = "plural" if request.value == "singular" else "singular"
+        asked = {
+            "reliability": (_flip(request),),
+            "generality": tuple(map(_flip, drawn)),
+            "other_determiner": (_instead(_flip(request), partner[request.subject]),),
+            "locality": tuple(replace(_instead(_flip(request), word), value=value) for word in kept),
+        }
+        cases.append(Case(request, asked))
+    return cases
+
+
+def public_cases(kind: str, path: str | Path | None = None, n: int | None = None, seed: int = 0) -> list[Case]:
+    """`n` cases (None: all) from the public data that the paper used, in an order drawn from `seed`.
+
+    "counterfact": reliability, generality and locality as the data have them. "P36" and "P1376" of ParaRel: as in
+    `bijective`, each with the other as its inverse, over the facts that are unique in both. "P101": as in `synonymy`,
+    over the persons whose field `synonyms` knows; the patterns of P106 ask for an occupation behind "works as" without
+    an article, so the occupation is asked in this project's templates. Prompts are the patterns that end in [MASK].
+
+    `path` as in `kncore.public`. Raises ValueError for an unknown kind, an `n` that is not from 1 to the number of
+    cases, or a malformed file; FileNotFoundError or ConnectionError where the data are missing.
+    """
+    if kind == "counterfact":
+        found = public.counterfact_cases(path)
+        random.Random(f"{kind} {seed}").shuffle(found)
+        return [_counterfact(case) for case in _first(found, n, "cases of CounterFact")]
+    if kind not in PUBLIC:
+        raise tasks.unknown("kind of public cases", kind, PUBLIC)
+    known = _pararel(kind, path)
+    if kind == "P101":
+        pairs = tuple(pair for pair in known.pairs if pair[1] in synonyms())
+        return _synonymy(replace(known, pairs=pairs), n, seed, None)
+    return _bijective(known, _pararel({"P36": "P1376", "P1376": "P36"}[kind], path), None, n, seed, None, None)
+
+
+def _bijective(
+    known: Relation,
+    inverse: Relation,
+    control: Relation | None,
+    n: int | None,
+    seed: int,
+    subjects: Collection[str] | None,
+    objects: Collection[str] | None,
+) -> list[Case]:
+    back = dict(inverse.pairs)
+    pairs = [pair for pair in known.pairs if back.get(pair[1]) == pair[0]]
+    pool = _chosen([target for _, target in pairs], objects, f"object of {known.name!r}")
+    controls = dict(control.pairs) if control else {}
+
+    def ask_all(relation: Relation, pair: tuple[str, str], foil: str = "") -> tuple[Query, ...]:
+        return tuple(tasks.ask(relation, pair, template, foil) for template in relation.templates)
+
+    cases = []
+    for subject, old, new, asked in _edits(known, pairs, pool, lambda old, new: old != new, n, seed, subjects):
+        asked["symmetry"] = ask_all(inverse, (new, subject), back[new])
+        asked["symmetry_old"] = ask_all(inverse, (old, subject))
+        if controls.get(subject, new) != new:
+            asked[control.name] = ask_all(control, (subject, controls[subject]), new)
+        cases.append(Case(tasks.ask(known, (subject, old), known.templates[0], new), asked))
+    return cases
+
+
+def _synonymy(known: Relation, n: int | None, seed: int, subjects: Collection[str] | None) -> list[Case]:
+    occupation, called = tasks.describe("occupation"), synonyms()
+
+    def differ(old: str, new: str) -> bool:
+        return called[new][0] not in called[old] and called[old][0] not in called[new]
+
+    pool = sorted({field for _, field in known.pairs})
+    cases = []
+    for person, old, new, asked in _edits(known, known.pairs, pool, differ, n, seed, subjects):
+        pair = person, called[new][0]
+        asked["synonymy"] = tuple(tasks.ask(occupation, pair, t, called[old][0]) for t in occupation.templates)
+        cases.append(Case(tasks.ask(known, (person, old), known.templates[0], new), asked))
+    return cases
+
+
+def _edits(
+    known: Relation,
+    pairs: Sequence[tuple[str, str]],
+    pool: Sequence[str],
+    fits: Callable[[str, str], bool],
+    n: int | None,
+    seed: int,
+    subjects: Collection[str] | None,
+) -> list[tuple[str, str, str, dict[str, tuple[Query, ...]]]]:
+    """The first `n` of: subject, old and new object, and the criteria that every relation has."""
+    truth = dict(pairs)
+    chosen = _chosen(list(truth), subjects, f"subject of {known.name!r}")
+    rng = random.Random(f"{known.name} {seed}")
+    order = rng.sample(chosen, len(chosen))
+    drawn = list(zip(order, _new([truth[subject] for subject in order], pool, fits, rng), strict=True))
+    edits = []
+    for subject, new in _first(drawn, n, f"subjects of {known.name!r}"):
+        old = truth[subject]
+        first, *others = (tasks.ask(known, (subject, new), template, old) for template in known.templates)
+        near, far = (
+            [s for s in group if s != subject and truth[s] != new]
+            for group in (chosen, [s for s in truth if s not in set(chosen)])
+        )
+        own = random.Random(f"{known.name} {seed} {subject}")
+        neighbours = [*own.sample(near, min(FEW, len(near))), *own.sample(far, min(FEW, len(far)))][:FEW]
+        locality = (tasks.ask(known, (s, truth[s]), known.templates[0], new) for s in neighbours)
+        asked = {"reliability": (first,), "generality": tuple(others), "locality": tuple(locality)}
+        edits.append((subject, old, new, asked))
+    return edits
+
+
+def _new(olds: Sequence[str], pool: Sequence[str], fits: Callable[[str, str], bool], rng: random.Random) -> list[str]:
+    """For every old answer a new one that fits it; each of the pool once in as many as the pool has."""
+    drawn: list[str] = []
+    for start in range(0, len(olds), len(pool)):
+        part = olds[start : start + len(pool)]
+        new = rng.sample(pool, len(pool))
+        for i, old in enumerate(part):
+            if not fits(old, new[i]):
+                swaps = (
+                    j
+                    for j in rng.sample(range(len(new)), len(new))
+                    if fits(old, new[j]) and (j >= len(part) or fits(part[j], new[i]))
+                )
+                at = next(swaps, None)
+                if at is None:
+                    raise ValueError(f"no answer other than {old!r} to draw from {', '.join(pool)}; give more objects")
+                new[i], new[at] = new[at], new[i]
+        drawn += new[: len(part)]
+    return drawn
+
+
+def _chosen(known: list[str], wanted: Collection[str] | None, what: str) -> list[str]:
+    """The wanted ones in the order of the known ones, which no set can change."""
+    if wanted is None:
+        return known
+    strange = [name for name in wanted if name not in set(known)]
+    if strange or not wanted:
+        raise ValueError(f"no {what} that a fact can be edited for: {', '.join(map(repr, strange)) or 'none given'}")
+    return [name for name in known if name in set(wanted)]
+
+
+def _first(items: list, n: int | None, what: str) -> list:
+    if n is not None and not 0 < n <= len(items):
+        raise ValueError(f"n={n} {what} asked for; there are {len(items)}, n may be 1 to that")
+    return items[:n]
+
+
+def _flip(query: Query) -> Query:
+    return replace(query, target=query.foil, foil=query.target)
+
+
+def _instead(query: Query, subject: str) -> Query:
+    return replace(query, subject=subject, prompt=query.template.replace("{}", subject))
+
+
+def _both(one: str, other: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (one, other), (other, one)
+
+
+def _rows(name: str) -> list[list[str]]:
+    lines = (DATA / f"{name}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    return [line.split("\t") for line in lines]
+
+
+def _counterfact(case: public.Case) -> Case:
+    asked = {
+        "reliability": (_flip(case.rewrite),),
+        "generality": tuple(map(_flip, case.paraphrases)),
+        "locality": case.neighbours,
+    }
+    return Case(case.rewrite, asked)
+
+
+def _pararel(name: str, path: str | Path | None) -> Relation:
+    """A relation of ParaRel: its causal patterns, and the facts whose subject has one object and the reverse."""
+    queries = [query for query in public.pararel(name, path, "causal") if query.subject]
+    if not queries:
+        raise ValueError(f"ParaRel relation {name}: no pattern that ends in [MASK] shows its subject")
+    facts = sorted({(query.subject, query.target) for query in queries})
+    objects: dict[str, set[str]] = {}
+    for subject, target in facts:
+        objects.setdefault(subject, set()).add(target)
+    pairs = tuple((subject, target) for subject, target in facts if len(objects[subject]) == 1)
+    return Relation(name, "", name, "", tuple(dict.fromkeys(query.template for query in queries)), pairs)

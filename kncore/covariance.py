@@ -1,0 +1,123 @@
+"""Second moments of the neurons over text, C = E[k kᵀ]: what ROME and MEMIT take for the keys that are to stay.
+
+Streamed over pieces of text and stopped at the block in question; stored under everything it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kncore import arch, cache, tokens, words
+from kncore.models import LM
+
+SAMPLES, START, LENGTH = 100, 3, 128
+CODE = ("arch", "covariance")
+
+
+class _Reached(Exception):
+    """The block is reached; nothing above it need run."""
+
+
+def covariance(
+    lm: LM, block: int, source: str = "samples", *, seed: int = 0, store: bool = True
+) -> Float[Tensor, "neuron neuron"] | None:
+    """Mean of k kᵀ over the tokens of a text, in float64, for the neurons of one block.
+
+    source: "samples", text that the model itself goes on with from the first words of the passages (causal models);
+        "text", the passages themselves; "identity" gives None; otherwise a folder with .txt files.
+
+    Raises ValueError for a block that does not exist and for samples of a masked model, FileNotFoundError for a folder
+    without text.
+    """
+    if not 0 <= block < len(lm.blocks):
+        raise ValueError(f"block {block} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}")
+    if source == "identity":
+        return None
+    folder = cache.scores_folder() if store and not lm.touched else None
+    ids = _sampled(lm, seed, folder) if source == "samples" else _read(lm, source)
+    told = hashlib.sha256(repr(ids).encode()).hexdigest()
+    key = cache.name(lm, {"covariance": told, "block": block}, CODE)
+    found = cache.read(folder, key) if folder else None
+    if found is None:
+        found = {"moment": _moment(lm, block, ids)}
+        if folder:
+            cache.write(folder, key, found)
+    return found["moment"].to(lm.device)
+
+
+def _read(lm: LM, source: str) -> list[list[int]]:
+    """Token ids of the passages, or of a folder's text, in pieces of at most LENGTH."""
+    if source == "text":
+        texts = words.passages()
+    else:
+        paths = sorted(Path(source).rglob("*.txt"))
+        if not paths:
+            raise FileNotFoundError(
+                f"no .txt file in {source!r}; name a folder of text, or use 'samples', 'text' or 'identity'"
+            )
+        texts = [path.read_text(encoding="utf-8") for path in paths]
+    whole = [lm.tokenizer(text, add_special_tokens=lm.spec.masked, truncation=False)["input_ids"] for text in texts]
+    return [piece for ids in whole for i in range(0, len(ids), LENGTH) if len(piece := ids[i : i + LENGTH]) > 1]
+
+
+def _sampled(lm: LM, seed: int, folder: Path | None) -> list[list[int]]:
+    """Token ids of SAMPLES texts of LENGTH tokens that the model goes on with, sampled from its own distribution."""
+    if lm.spec.masked:
+        raise ValueError(f"{lm.name} is a masked model and cannot go on with a text; use covariance 'text' or a folder")
+    starts = [lm.tokenizer(text)["input_ids"][:START] for text in words.passages()[:SAMPLES]]
+    key = cache.name(lm, {"samples": starts, "length": LENGTH, "seed": seed}, CODE)
+    found = cache.read(folder, key) if folder else None
+    if found is None:
+        found = {"ids": generate(lm, torch.tensor(starts, device=lm.device), LENGTH, seed)}
+        if folder:
+            cache.write(folder, key, found)
+    return found["ids"].tolist()
+
+
+def _moment(lm: LM, block: int, ids: Sequence[Sequence[int]], batch: int = 16) -> Float[Tensor, "neuron neuron"]:
+    total = torch.zeros(lm.n_neurons, lm.n_neurons, dtype=torch.float64, device=lm.device)
+    count = 0
+    for i in range(0, len(ids), batch):
+        part = [tokens.Encoded(tuple(one), 0, ()) for one in ids[i : i + batch]]
+        padded, lengths = tokens.pad(lm, part)
+        real = torch.arange(padded.shape[1], device=lm.device) < lengths[:, None]
+        seen: list[Tensor] = []
+
+        def see(x, seen=seen):
+            seen.append(x)
+            raise _Reached
+
+        try:
+            with torch.no_grad(), arch.at_site(lm.blocks[block], lm.spec.sites["neuron"], see):
+                lm.model.base_model(input_ids=padded, attention_mask=real.long())
+        except _Reached:
+            pass
+        keys = seen[0][real].float()
+        total += (keys.T @ keys).double()
+        count += len(keys)
+    return total / count
+
+
+@torch.no_grad()
+def generate(lm: LM, prompts: Int[Tensor, "prompt token"], length: int, seed: int = 0) -> Int[Tensor, "prompt token"]:
+    """Each prompt with tokens sampled after it, at temperature 1 from the whole distribution, to `length` in all.
+
+    Sampled on the CPU from a generator of its own: the global state of random numbers stays as it is.
+    """
+    from transformers import DynamicCache
+
+    rng = torch.Generator().manual_seed(seed)
+    past, ids = DynamicCache(), prompts
+    step = ids
+    while ids.shape[1] < length:
+        hidden = lm.model.base_model(input_ids=step, past_key_values=past, use_cache=True).last_hidden_state
+        chances = lm.readout(hidden[:, -1], normed=True).float().softmax(-1).cpu()
+        step = torch.multinomial(chances, 1, generator=rng).to(lm.device)
+        ids = torch.cat([ids, step], 1)
+    return ids

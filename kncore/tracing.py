@@ -1,0 +1,260 @@
+"""Causal tracing: which states carry a prediction (Meng et al. 2022, section 2; Niu et al. 2024, section 4).
+
+The subject is corrupted, so that the model no longer gives its answer; then one state of the clean run is put back, at
+one token and one block, and what comes back of the answer is that state's indirect effect. A cell restored at token t
+changes nothing before t and nothing below its block: it is a row that continues the corrupted run from there. All cells
+of a token travel up as one batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kncore import arch, cache, tokens
+from kncore.models import LM
+from kncore.replay import Capture, Change, capture, replay
+from kncore.tasks import Query
+
+CODE = ("arch", "replay", "tokens", "tracing")
+
+
+class Restore(NamedTuple):
+    """What is put back: the state of `site` ("residual": what enters a block; "mlp", "attention": what they add).
+
+    `window` is the number of neighbouring blocks restored together, centred on the cell's block and cut off at the
+    ends. `sever` ("mlp" or "attention") freezes the output of these at the corrupted run's, at the cell's token, in
+    all blocks from the first restored one on: what comes back then came another way (Meng et al. 2022, appendix B).
+    """
+
+    site: str = "residual"
+    window: int = 1
+    sever: str = ""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt traced. The last axis is (probability of the target's first token, log-odds of it against the foil's).
+
+    `tokens` of the prompt, `subject` the positions of its first and last token; `clean` and `corrupted` (the mean over
+    samples) without restoring; `restored[r, t, l]` with restore r at token t and block `blocks[l]`, the mean over
+    samples. Tokens before the subject cannot change and have the corrupted run's numbers.
+    """
+
+    query: Query
+    tokens: tuple[str, ...]
+    subject: tuple[int, int]
+    blocks: tuple[int, ...]
+    clean: Float[Tensor, "2"]
+    corrupted: Float[Tensor, "2"]
+    restored: Float[Tensor, "restore token block 2"]
+
+    @property
+    def effects(self) -> Float[Tensor, "restore token block 2"]:
+        """Indirect effects: restored minus corrupted."""
+        return self.restored - self.corrupted
+
+
+def trace(
+    lm: LM,
+    queries: Sequence[Query],
+    restores: Sequence[Restore] = (Restore(),),
+    *,
+    noise: float | None = 3.0,
+    samples: int = 3,
+    others: Sequence[Query] | None = None,
+    stride: int = 1,
+    seed: int = 0,
+    budget: int = 1024,
+    store: bool = True,
+    progress: bool = False,
+) -> list[Trace]:
+    """Trace each query at every token from its subject on, and every block (or every `stride`-th from 0 on).
+
+    The corruption adds normal noise to the embeddings of the subject's tokens: `noise` times the standard deviation of
+    the embedding matrix, `samples` times, drawn from `seed` and the prompt. With `others`, one query per query, it puts
+    the other subject in its place instead (symmetric token replacement): the same number of tokens, one run.
+
+    Queries need a subject and a foil. Finished traces are stored, and found again after an interrupt. Raises ValueError
+    for a query without subject or foil, others of another length, an unknown site, and nonsensical numbers.
+    """
+    _check(lm, queries, restores, noise, samples, others, stride)
+    blocks = tuple(range(0, len(lm.blocks), stride))
+    settings = {
+        "stride": stride,
+        "restores": [list(r) for r in restores],
+        "corruption": [noise, samples, seed] if others is None else "replacement",
+    }
+    folder = cache.scores_folder() if store and not lm.touched else None
+    out = []
+    for i, query in enumerate(tqdm(queries, desc="trace", unit="prompt", leave=False, disable=not progress)):
+        encoded = tokens.encode(lm, query)
+        foil = tokens.encode(lm, query, query.foil)
+        span = tokens.span(lm, query)
+        other = None if others is None else tokens.encode(lm, others[i], query.target)
+        if other is not None and (len(other.ids), tokens.span(lm, others[i], query.target)) != (len(encoded.ids), span):
+            raise ValueError(
+                f"{others[i].prompt!r} cannot replace {query.prompt!r}: the tokens of their subjects do not lie in the "
+                "same places; choose others with `replacements`"
+            )
+        ends = encoded.target[0], foil.target[0]
+        told = [encoded.ids, encoded.position, ends, span, other and other.ids]
+        key = cache.name(lm, {**settings, "query": told}, CODE)
+        found = cache.read(folder, key) if folder else None
+        if found is None:
+            found = _trace(lm, encoded, other, span, ends, restores, noise, samples, blocks, seed, budget)
+            if folder:
+                cache.write(folder, key, found)
+        words = tuple(lm.tokenizer.decode([token]) for token in encoded.ids)
+        out.append(Trace(query, words, span, blocks, **found))
+    return out
+
+
+def replacements(lm: LM, queries: Sequence[Query], seed: int = 0) -> list[Query | None]:
+    """For each query another one of the same template whose subject lies at the same tokens, and has another target.
+
+    Drawn from `seed`; None where there is none.
+    """
+    places = [(query.template, len(tokens.encode(lm, query).ids), *tokens.span(lm, query)) for query in queries]
+    rng = random.Random(f"replacements {seed}")
+    out = []
+    for query, place in zip(queries, places, strict=True):
+        fit = [other for other, there in zip(queries, places, strict=True) if there == place]
+        fit = [other for other in fit if other.target not in (query.target, "") and other.subject != query.subject]
+        out.append(rng.choice(fit) if fit else None)
+    return out
+
+
+def _check(lm: LM, queries, restores, noise, samples, others, stride) -> None:
+    known = {"residual", "mlp", "attention"}
+    if not queries or not restores:
+        raise ValueError("nothing to trace; give at least one query and one restore")
+    for restore in restores:
+        if restore.site not in known or restore.sever not in {"", "mlp", "attention"} - {restore.site}:
+            raise ValueError(
+                f"{restore}: the site is one of {', '.join(sorted(known))}, and only another can be severed"
+            )
+        if not 1 <= restore.window <= len(lm.blocks):
+            raise ValueError(f"{restore}: the window is a number of blocks, 1 to {len(lm.blocks)}")
+    if others is not None and len(others) != len(queries):
+        raise ValueError(f"{len(queries)} queries but {len(others)} others; give one for each")
+    if others is None and (noise is None or not noise > 0 or samples < 1):
+        raise ValueError(f"noise must be positive and samples at least 1, got {noise} and {samples}")
+    if not 1 <= stride <= len(lm.blocks):
+        raise ValueError(f"stride is a number of blocks, 1 to {len(lm.blocks)}, got {stride}")
+    for query in queries:
+        if not query.subject or not query.foil:
+            raise ValueError(f"{query.prompt!r}: tracing needs a subject to corrupt and a foil for the log-odds")
+
+
+def _trace(lm, encoded, other, span, ends, restores, noise, samples, blocks, seed, budget) -> dict[str, Tensor]:
+    sites = sorted({name for restore in restores for name in (restore.site, restore.sever) if name})
+    length, first = len(encoded.ids), 0 if lm.spec.masked else span[0]
+    clean_logits, clean = _run(lm, encoded, sites)
+    if other is None:
+        rng = torch.Generator().manual_seed(_number(encoded.ids, seed))
+        table = lm.model.get_input_embeddings().weight
+        size = samples, span[1] - span[0] + 1, table.shape[1]
+        added = (noise * float(table.float().std()) * torch.randn(size, generator=rng)).to(lm.device, lm.dtype)
+        corrupt, shown = partial(_noised, lm, span, added), [encoded] * samples
+    else:
+        corrupt, shown = contextlib.nullcontext, [other]
+    with corrupt():
+        wrong_logits, wrong = _run(lm, shown, sites)
+        base = _read(wrong_logits, ends).mean(0)
+        restored = base.expand(len(restores), length, len(blocks), 2).clone()
+        captured = None
+        for t in range(first, length if lm.spec.masked else encoded.position + 1):
+            if captured is None or not lm.spec.masked:
+                captured = capture(lm, shown, sites=(), start=[t] * len(shown))
+            for r, restore in enumerate(restores):
+                restored[r, t] = _cells(captured, restore, t, blocks, clean, wrong, ends, budget)
+    return {"clean": _read(clean_logits, ends)[0].cpu(), "corrupted": base.cpu(), "restored": restored.cpu()}
+
+
+def _number(ids: Sequence[int], seed: int) -> int:
+    return random.Random(f"{seed} {ids}").getrandbits(63)
+
+
+@contextlib.contextmanager
+def _noised(lm: LM, span: tuple[int, int], added: Float[Tensor, "sample token hidden"]) -> Iterator[None]:
+    def add(module, args, out):
+        return torch.cat([out[:, : span[0]], out[:, span[0] : span[1] + 1] + added, out[:, span[1] + 1 :]], 1)
+
+    hook = lm.model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def _run(lm: LM, encoded, sites: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Logits at the target position `[row, vocab]`, and the states of the sites `[row, token, hidden]` by block."""
+    batch = encoded if isinstance(encoded, list) else [encoded]
+    ids, _ = tokens.pad(lm, batch)
+    kept: dict[str, list[Tensor]] = {name: [] for name in sites}
+    with contextlib.ExitStack() as hooks:
+        for block in lm.blocks:
+            for name in sites:
+                hooks.enter_context(arch.at_site(block, lm.spec.sites[name], lambda x, n=name: kept[n].append(x)))
+        states = lm.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    return lm.readout(states[:, batch[0].position], normed=True).float(), kept
+
+
+def _read(logits: Float[Tensor, "row vocab"], ends: tuple[int, int]) -> Float[Tensor, "row 2"]:
+    target, foil = ends
+    return torch.stack([logits.softmax(-1)[:, target], logits[:, target] - logits[:, foil]], 1)
+
+
+@torch.no_grad()
+def _cells(
+    captured: Capture, restore: Restore, t: int, blocks, clean, wrong, ends: tuple[int, int], budget: int
+) -> Float[Tensor, "block 2"]:
+    """The mean over samples of every block's cell at token t."""
+    lm, samples, n = captured.lm, len(captured.target), len(captured.lm.blocks)
+    spans = [(max(0, b - restore.window // 2), min(n, b - restore.window // 2 + restore.window)) for b in blocks]
+    rows = [(low, high, s) for low, high in spans for s in range(samples)]
+    room = max(1, budget // captured.row_cost)
+    logits = [_replayed(captured, restore, t, rows[i : i + room], clean, wrong) for i in range(0, len(rows), room)]
+    return _read(torch.cat(logits), ends).unflatten(0, (len(blocks), samples)).mean(1)
+
+
+def _replayed(captured: Capture, restore: Restore, t: int, rows, clean, wrong) -> Float[Tensor, "row vocab"]:
+    lm = captured.lm
+    low, high, sample = torch.tensor(rows, device=lm.device).T
+    changes = []
+    for depth, group in groupby(rows, key=lambda row: row[0]):
+        prompts = torch.tensor([s for *_, s in group], device=lm.device)
+        values = clean[restore.site][depth][0, t].expand(len(prompts), -1)
+        changes.append(Change(depth, prompts, values, restore.site, torch.full_like(prompts, t)))
+    at = t - int(captured.start[0])
+
+    def put(x: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
+        return x.index_put((chosen, torch.full_like(chosen, at)), values.to(x.dtype))
+
+    with contextlib.ExitStack() as hooks:
+
+        def hook(depth: int, site: str, change: Callable) -> None:
+            hooks.enter_context(arch.at_site(lm.blocks[depth], lm.spec.sites[site], change))
+
+        for depth in range(rows[0][0], len(lm.blocks)):
+            again = ((low < depth) & (depth < high)).nonzero()[:, 0]
+            if len(again):
+                value = clean[restore.site][depth][0, t].expand(len(again), -1)
+                hook(depth, restore.site, partial(put, chosen=again, values=value))
+            if restore.sever:
+                below = (low <= depth).nonzero()[:, 0]
+                value = wrong[restore.sever][depth][sample[below], t]
+                hook(depth, restore.sever, partial(put, chosen=below, values=value))
+        return replay(captured, changes)
