@@ -13,14 +13,14 @@ Everything below the block is run once; the search replays the blocks above it, 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kncore import arch, tokens, words
+from kncore import tokens, words
 from kncore.interventions import Delta
 from kncore.models import LM
 from kncore.replay import Capture, Change, capture, states

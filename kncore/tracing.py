@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -55,8 +55,8 @@ class Trace:
     tokens: tuple[str, ...]
     subject: tuple[int, int]
     blocks: tuple[int, ...]
-    clean: Float[Tensor, "2"]
-    corrupted: Float[Tensor, "2"]
+    clean: Float[Tensor, " readings"]
+    corrupted: Float[Tensor, " readings"]
     restored: Float[Tensor, "restore token block 2"]
 
     @property
@@ -222,7 +222,7 @@ def _cells(
     captured: Capture, restore: Restore, t: int, blocks, clean, wrong, ends: tuple[int, int], budget: int
 ) -> Float[Tensor, "block 2"]:
     """The mean over samples of every block's cell at token t."""
-    lm, samples, n = captured.lm, len(captured.target), len(captured.lm.blocks)
+    samples, n = len(captured.target), len(captured.lm.blocks)
     spans = [(max(0, b - restore.window // 2), min(n, b - restore.window // 2 + restore.window)) for b in blocks]
     rows = [(low, high, s) for low, high in spans for s in range(samples)]
     room = max(1, budget // captured.row_cost)
