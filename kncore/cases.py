@@ -21,25 +21,16 @@ gives the first cases of a larger one.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from itertools import permutations
 from pathlib import Path
-from types import MappingProxyType
 
 from kncore import grammar, public, tasks
 from kncore.tasks import DATA, Query, Relation
 
-CRITERIA = (
-    "reliability",
-    "generality",
-    "locality",
-    "symmetry",
-    "symmetry_old",
-    "synonymy",
-    "largest_city",
-    "other_determiner",
-)
+CRITERIA = tuple("reliability generality locality symmetry symmetry_old synonymy largest_city other_determiner".split())
 PUBLIC = ("counterfact", "P36", "P1376", "P101")
 CONTROLS = {"capital": "largest_city"}
 FEW = 5  # neighbours of a request; other nouns after a determiner
@@ -52,22 +43,15 @@ class Case:
     request: Query
     asked: Mapping[str, tuple[Query, ...]]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "asked", MappingProxyType(dict(self.asked)))
 
-
-@cache
-def scholars() -> Mapping[str, str]:
+def scholars() -> dict[str, str]:
     """Persons and the field that each is known for, sorted by person."""
-    return MappingProxyType(dict(sorted(row[:2] for row in _rows("scholars"))))
+    return dict(sorted(_rows("scholars")))
 
 
-@cache
-def synonyms() -> Mapping[str, tuple[str, ...]]:
+def synonyms() -> dict[str, tuple[str, ...]]:
     """Fields of work and what a worker in the field is called: the usual word first, then others that are right too."""
-    return MappingProxyType(
-        {field: (usual, *filter(None, more.split("|"))) for field, usual, more in _rows("synonyms")}
-    )
+    return {field: (usual, *filter(None, more.split("|"))) for field, usual, more in _rows("synonyms")}
 
 
 def bijective(
@@ -89,10 +73,8 @@ def bijective(
     """
     known = tasks.describe(relation)
     if not known.inverse:
-        both_ways = ", ".join(name for name in tasks.relations() if tasks.describe(name).inverse)
-        raise ValueError(
-            f"relation {relation!r} has no inverse, so no symmetry to ask for; those with one: {both_ways}"
-        )
+        two_way = ", ".join(name for name in tasks.relations() if tasks.describe(name).inverse)
+        raise ValueError(f"relation {relation!r} has no inverse to ask for symmetry; relations with one: {two_way}")
     control = tasks.describe(CONTROLS[relation]) if relation in CONTROLS else None
     return _bijective(known, tasks.describe(known.inverse), control, n, seed, subjects, objects)
 
@@ -100,9 +82,9 @@ def bijective(
 def synonymy(n: int | None = None, seed: int = 0, subjects: Collection[str] | None = None) -> list[Case]:
     """`n` requests (None: all) that move a scholar to another field of work, for synonymy (section 5).
 
-    Persons come in an order drawn from `seed`. The new field is drawn among those in which nobody has the occupation
-    of the old one, and comes only once before every field has come. Asked for synonymy: what the person is, with the
-    occupation of the new field as target and that of the old field as foil. `subjects` as in `bijective`.
+    Persons come in an order drawn from `seed`. The new field is drawn among those whose workers bear no name that
+    fits the old one, and comes only once before every field has come. Asked for synonymy: what the person is, with
+    the occupation of the new field as target and that of the old field as foil. `subjects` as in `bijective`.
 
     Raises ValueError for a subject that is no scholar of the table, or an `n` that is not from 1 to their number.
     """
@@ -118,7 +100,7 @@ def agreement(n: int | None = None, seed: int = 0) -> list[Case]:
     `seed`. Raises ValueError for an odd `n` or one that the grammar does not have.
     """
     pool = grammar.minimal_pairs("determiner_noun", seed=seed)
-    partner = {one: other for numbers in zip(*grammar.DETERMINERS, strict=True) for one, other in _both(*numbers)}
+    partner = {one: other for two in zip(*grammar.DETERMINERS, strict=True) for one, other in permutations(two)}
     cases = []
     for request in grammar.minimal_pairs("determiner_noun", n=n, seed=seed):
         others = [q for q in pool if q.subject == request.subject and q.item != request.item]
@@ -149,7 +131,17 @@ def public_cases(kind: str, path: str | Path | None = None, n: int | None = None
     if kind == "counterfact":
         found = public.counterfact_cases(path)
         random.Random(f"{kind} {seed}").shuffle(found)
-        return [_counterfact(case) for case in _first(found, n, "cases of CounterFact")]
+        return [
+            Case(
+                case.rewrite,
+                {
+                    "reliability": (_flip(case.rewrite),),
+                    "generality": tuple(map(_flip, case.paraphrases)),
+                    "locality": case.neighbours,
+                },
+            )
+            for case in _first(found, n, "cases of CounterFact")
+        ]
     if kind not in PUBLIC:
         raise tasks.unknown("kind of public cases", kind, PUBLIC)
     known = _pararel(kind, path)
@@ -172,17 +164,13 @@ def _bijective(
     pairs = [pair for pair in known.pairs if back.get(pair[1]) == pair[0]]
     pool = _chosen([target for _, target in pairs], objects, f"object of {known.name!r}")
     controls = dict(control.pairs) if control else {}
-
-    def ask_all(relation: Relation, pair: tuple[str, str], foil: str = "") -> tuple[Query, ...]:
-        return tuple(tasks.ask(relation, pair, template, foil) for template in relation.templates)
-
     cases = []
     for subject, old, new, asked in _edits(known, pairs, pool, lambda old, new: old != new, n, seed, subjects):
-        asked["symmetry"] = ask_all(inverse, (new, subject), back[new])
-        asked["symmetry_old"] = ask_all(inverse, (old, subject))
+        asked["symmetry"] = _ask(inverse, new, subject, back[new])
+        asked["symmetry_old"] = _ask(inverse, old, subject)
         if controls.get(subject, new) != new:
-            asked[control.name] = ask_all(control, (subject, controls[subject]), new)
-        cases.append(Case(tasks.ask(known, (subject, old), known.templates[0], new), asked))
+            asked[control.name] = _ask(control, subject, controls[subject], new)
+        cases.append(Case(_flip(asked["reliability"][0]), asked))
     return cases
 
 
@@ -195,9 +183,8 @@ def _synonymy(known: Relation, n: int | None, seed: int, subjects: Collection[st
     pool = sorted({field for _, field in known.pairs})
     cases = []
     for person, old, new, asked in _edits(known, known.pairs, pool, differ, n, seed, subjects):
-        pair = person, called[new][0]
-        asked["synonymy"] = tuple(tasks.ask(occupation, pair, t, called[old][0]) for t in occupation.templates)
-        cases.append(Case(tasks.ask(known, (person, old), known.templates[0], new), asked))
+        asked["synonymy"] = _ask(occupation, person, called[new][0], called[old][0])
+        cases.append(Case(_flip(asked["reliability"][0]), asked))
     return cases
 
 
@@ -213,22 +200,19 @@ def _edits(
     """The first `n` of: subject, old and new object, and the criteria that every relation has."""
     truth = dict(pairs)
     chosen = _chosen(list(truth), subjects, f"subject of {known.name!r}")
+    rest = [subject for subject in truth if subject not in set(chosen)]
     rng = random.Random(f"{known.name} {seed}")
     order = rng.sample(chosen, len(chosen))
     drawn = list(zip(order, _new([truth[subject] for subject in order], pool, fits, rng), strict=True))
     edits = []
     for subject, new in _first(drawn, n, f"subjects of {known.name!r}"):
-        old = truth[subject]
-        first, *others = (tasks.ask(known, (subject, new), template, old) for template in known.templates)
-        near, far = (
-            [s for s in group if s != subject and truth[s] != new]
-            for group in (chosen, [s for s in truth if s not in set(chosen)])
-        )
+        first, *others = _ask(known, subject, new, truth[subject])
         own = random.Random(f"{known.name} {seed} {subject}")
-        neighbours = [*own.sample(near, min(FEW, len(near))), *own.sample(far, min(FEW, len(far)))][:FEW]
-        locality = (tasks.ask(known, (s, truth[s]), known.templates[0], new) for s in neighbours)
+        nearest = [*own.sample(chosen, len(chosen)), *own.sample(rest, len(rest))]
+        neighbours = [other for other in nearest if other != subject and truth[other] != new][:FEW]
+        locality = (_ask(known, other, truth[other], new)[0] for other in neighbours)
         asked = {"reliability": (first,), "generality": tuple(others), "locality": tuple(locality)}
-        edits.append((subject, old, new, asked))
+        edits.append((subject, truth[subject], new, asked))
     return edits
 
 
@@ -269,6 +253,10 @@ def _first(items: list, n: int | None, what: str) -> list:
     return items[:n]
 
 
+def _ask(relation: Relation, subject: str, target: str, foil: str = "") -> tuple[Query, ...]:
+    return tuple(tasks.ask(relation, (subject, target), template, foil) for template in relation.templates)
+
+
 def _flip(query: Query) -> Query:
     return replace(query, target=query.foil, foil=query.target)
 
@@ -277,32 +265,17 @@ def _instead(query: Query, subject: str) -> Query:
     return replace(query, subject=subject, prompt=query.template.replace("{}", subject))
 
 
-def _both(one: str, other: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    return (one, other), (other, one)
-
-
 def _rows(name: str) -> list[list[str]]:
     lines = (DATA / f"{name}.tsv").read_text(encoding="utf-8").splitlines()[1:]
     return [line.split("\t") for line in lines]
 
 
-def _counterfact(case: public.Case) -> Case:
-    asked = {
-        "reliability": (_flip(case.rewrite),),
-        "generality": tuple(map(_flip, case.paraphrases)),
-        "locality": case.neighbours,
-    }
-    return Case(case.rewrite, asked)
-
-
 def _pararel(name: str, path: str | Path | None) -> Relation:
-    """A relation of ParaRel: its causal patterns, and the facts whose subject has one object and the reverse."""
+    """A relation of ParaRel: its causal patterns, and the facts of subjects that have one object."""
     queries = [query for query in public.pararel(name, path, "causal") if query.subject]
     if not queries:
         raise ValueError(f"ParaRel relation {name}: no pattern that ends in [MASK] shows its subject")
     facts = sorted({(query.subject, query.target) for query in queries})
-    objects: dict[str, set[str]] = {}
-    for subject, target in facts:
-        objects.setdefault(subject, set()).add(target)
-    pairs = tuple((subject, target) for subject, target in facts if len(objects[subject]) == 1)
+    times = Counter(subject for subject, _ in facts)
+    pairs = tuple((subject, target) for subject, target in facts if times[subject] == 1)
     return Relation(name, "", name, "", tuple(dict.fromkeys(query.template for query in queries)), pairs)

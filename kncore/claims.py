@@ -267,7 +267,7 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "fact-early-site",
             "06",
-            "A fact is recalled by the MLPs of the lower half, at the last token of its subject, rather than by attention.",
+            "A fact is recalled by the MLPs of the lower half, at the last token of its subject, not by attention.",
             "4",
             "share of the answer's log-odds that restored MLPs bring back there, minus the share of restored attention",
             "above",
@@ -389,7 +389,7 @@ CLAIMS: dict[str, Claim] = {
             "08",
             "Told the new fact in its prompt, the model answers the reversed question where the edited model does not.",
             "5",
-            "share of reversed questions answered with the new fact in the prompt, minus the share after ROME, per edit",
+            "reversed questions answered with the new fact in the prompt, minus those after ROME, as shares per edit",
             "above",
             0.0,
             30,

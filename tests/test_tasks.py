@@ -16,12 +16,25 @@ SPOT = {
     "capital": ("the Netherlands", "Amsterdam"),
     "continent": ("New Zealand", "Oceania"),
     "country_of_capital": ("Addis Ababa", "Ethiopia"),
+    "country_of_largest_city": ("Zurich", "Switzerland"),
+    "element": ("Sb", "antimony"),
     "field_of_work": ("Noam Chomsky", "linguistics"),
+    "largest_city": ("Kazakhstan", "Almaty"),
     "maker": ("the Game Boy", "Nintendo"),
     "native_language": ("Ingmar Bergman", "Swedish"),
     "occupation": ("Georg Cantor", "mathematician"),
     "official_language": ("Brazil", "Portuguese"),
+    "postal_code": ("Mississippi", "MS"),
+    "state_capital": ("Missouri", "Jefferson City"),
+    "state_of_capital": ("Pierre", "South Dakota"),
+    "state_of_postal_code": ("AK", "Alaska"),
+    "symbol": ("tungsten", "W"),
 }
+# Relations both ways, with the number of pairs that there are: all but Oklahoma, all states, the elements up to
+# plutonium without He, Be, In, As, At and I.
+INVERSES = {("state_capital", "state_of_capital"): 49, ("postal_code", "state_of_postal_code"): 50}
+INVERSES |= {("symbol", "element"): 94 - 6}
+NO_PROPERTY = {"country_of_largest_city", "element", "largest_city", "postal_code", "state_of_postal_code"}
 BAD_QUERIES = [
     ({"prompt": ""}, "prompt is empty"),
     ({"target": " "}, "target is empty"),
@@ -61,10 +74,10 @@ def test_relation(name):
     assert SPOT[name] in relation.pairs
     assert len(subjects) >= 40 and len(set(subjects)) == len(subjects)
     assert len(relation.templates) >= 4 and len(set(relation.templates)) == len(relation.templates)
-    assert relation.description and re.fullmatch(r"P\d+", relation.wikidata)
+    assert relation.description and re.fullmatch(r"P\d+" if name not in NO_PROPERTY else "", relation.wikidata)
     for subject, target in relation.pairs:
         assert subject == subject.strip() and target == target.strip()
-        assert len(target.split()) <= 2
+        assert len(target.split()) <= 3 and subject.isascii() and target.isascii()
         # A subject that contains its object would give the answer away.
         assert not set(target.lower().split()) & set(subject.lower().split())
     for template in relation.templates:
@@ -84,6 +97,54 @@ def test_inverse_relations_hold_the_same_facts():
     assert {(target, subject) for subject, target in country.pairs} <= set(capital.pairs)
 
 
+@pytest.mark.parametrize(("one", "other"), sorted(INVERSES))
+def test_further_relations_are_one_to_one_and_whole_in_both_directions(one, other):
+    there, back = tasks.describe(one), tasks.describe(other)
+    assert (there.inverse, back.inverse) == (other, one)
+    assert sorted((target, subject) for subject, target in back.pairs) == list(there.pairs)
+    assert len({target for _, target in there.pairs}) == len(there.pairs) == INVERSES[one, other]
+
+
+def test_states_are_the_same_in_their_relations():
+    states = {subject for subject, _ in tasks.describe("postal_code").pairs}
+    assert states - {subject for subject, _ in tasks.describe("state_capital").pairs} == {"Oklahoma"}
+    for state, code in tasks.describe("postal_code").pairs:
+        assert re.fullmatch("[A-Z]{2}", code) and code[0] == state[0]
+        # the second letter comes later in the name, or it is the initial of the second word
+        assert code[1].lower() in state[1:].lower()
+
+
+def test_symbols_begin_as_their_element_does_or_as_its_latin_or_german_name():
+    names = {"Na": "natrium", "K": "kalium", "Fe": "ferrum", "Cu": "cuprum", "Ag": "argentum", "Sn": "stannum"}
+    names |= {"Sb": "stibium", "W": "wolfram", "Au": "aurum", "Hg": "hydrargyrum", "Pb": "plumbum"}
+    for name, symbol in tasks.describe("symbol").pairs:
+        letters = names.get(symbol, name)
+        assert letters[0] == symbol[0].lower() and (len(symbol) == 1 or symbol[1] in letters[1:])
+        assert re.fullmatch("[A-Z][a-z]?", symbol) and name.islower()
+
+
+def test_largest_cities_are_a_control_in_which_many_capitals_are_not_the_largest():
+    city, country, capital = map(tasks.describe, ("largest_city", "country_of_largest_city", "capital"))
+    assert (city.inverse, country.inverse) == (country.name, city.name)
+    assert all("control" in relation.description for relation in (city, country))
+    plain = [pair for pair in city.pairs if not pair[0].startswith("the ")]
+    assert sorted((target, subject) for subject, target in country.pairs) == plain
+    assert len({target for _, target in city.pairs}) == len(city.pairs)
+    capitals = dict(capital.pairs)
+    differ = {subject for subject, target in city.pairs if capitals.get(subject, target) != target}
+    assert {"Turkey", "Australia", "Canada", "Brazil", "Nigeria"} <= differ
+    assert len(differ) >= 10 and len({subject for subject, _ in city.pairs} & capitals.keys() - differ) >= 40
+    # A city that is a capital is the capital of the country whose largest it is.
+    where = dict(tasks.describe("country_of_capital").pairs)
+    assert all(where.get(target, subject) == subject for subject, target in city.pairs)
+
+
+@pytest.mark.parametrize("name", sorted(name for names in INVERSES for name in names) + ["largest_city"])
+def test_the_subject_of_a_new_relation_is_not_first_and_is_the_last_that_reads_like_it(name):
+    for query in tasks.facts(name):
+        assert query.template.index("{}") == query.prompt.rindex(query.subject) > 0
+
+
 def test_fields_of_work_and_occupations_agree():
     """Whoever is in both tables has the occupation that belongs to the field."""
     fields, occupations = (dict(tasks.describe(name).pairs) for name in ("field_of_work", "occupation"))
@@ -96,7 +157,9 @@ def test_fields_of_work_and_occupations_agree():
 
 def test_countries_agree_between_relations():
     """A country is written the same way everywhere, with its article."""
-    names = {s for r in ("capital", "continent", "official_language") for s, _ in tasks.describe(r).pairs}
+    names = {
+        s for r in ("capital", "continent", "largest_city", "official_language") for s, _ in tasks.describe(r).pairs
+    }
     assert not {name for name in names if f"the {name}" in names}
 
 
