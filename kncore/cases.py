@@ -6,11 +6,11 @@ In what is asked afterwards `target` is what a model that took the edit in says,
     reliability       the request itself
     generality        paraphrases of it; for agreement, the same determiner before other nouns
     locality          other subjects (for agreement: the determiners of the other number) keep their own answers
-    symmetry          the question read backwards (Niu et al. 2024, section 5): after "the capital of Canada is Rome",
+    symmetry          the question read backwards (Niu et al. 2024, section 4): after "the capital of Canada is Rome",
                       Rome is the capital of Canada, no longer of Italy
     symmetry_old      the same for the answer before the edit, which is left without a right answer: the target is the
                       subject of the request, and there is no foil
-    synonymy          the same fact in other words (section 5): whoever works in linguistics is a linguist
+    synonymy          the same fact in other words (section 4): whoever works in linguistics is a linguist
     largest_city      a control of capitals: the largest city of the country is what it was
     other_determiner  the other determiner of the number that was edited follows, if it is a rule that was edited
 
@@ -61,7 +61,7 @@ def bijective(
     subjects: Collection[str] | None = None,
     objects: Collection[str] | None = None,
 ) -> list[Case]:
-    """`n` requests (None: all) that give a subject another object of the same relation, for symmetry (section 5).
+    """`n` requests (None: all) that give a subject another object of the same relation, for symmetry (section 4).
 
     Only facts that stand in the table of the inverse relation too are edited. Subjects come in an order drawn from
     `seed`. The new object is drawn from `objects` (None: all), is never the old one, and comes only once before every
@@ -80,7 +80,7 @@ def bijective(
 
 
 def synonymy(n: int | None = None, seed: int = 0, subjects: Collection[str] | None = None) -> list[Case]:
-    """`n` requests (None: all) that move a scholar to another field of work, for synonymy (section 5).
+    """`n` requests (None: all) that move a scholar to another field of work, for synonymy (section 4).
 
     Persons come in an order drawn from `seed`. The new field is drawn among those whose workers bear no name that
     fits the old one, and comes only once before every field has come. Asked for synonymy: what the person is, with
@@ -96,15 +96,16 @@ def agreement(n: int | None = None, seed: int = 0) -> list[Case]:
     """`n` requests (None: 400) that make a determiner take a noun in the wrong number: "Anna explored these" -> castle.
 
     They are the minimal pairs of `grammar.minimal_pairs("determiner_noun")`, half of them plural determiners that shall
-    take a singular, half the other way round. Generality: the determiner of the request in five other pairs drawn from
-    `seed`. Raises ValueError for an odd `n` or one that the grammar does not have.
+    take a singular, half the other way round. Generality: the determiner of the request in five other prompts drawn
+    from `seed`. Raises ValueError for an odd `n` or one that the grammar does not have.
     """
     pool = grammar.minimal_pairs("determiner_noun", seed=seed)
     partner = {one: other for two in zip(*grammar.DETERMINERS, strict=True) for one, other in permutations(two)}
     cases = []
     for request in grammar.minimal_pairs("determiner_noun", n=n, seed=seed):
-        others = [q for q in pool if q.subject == request.subject and q.item != request.item]
-        drawn = random.Random(f"{request.prompt} {seed}").sample(others, FEW)
+        alike = [q for q in pool if q.subject == request.subject and q.item != request.item]
+        others = {query.prompt: query for query in alike if query.prompt != request.prompt}
+        drawn = random.Random(f"{request.prompt} {seed}").sample(list(others.values()), FEW)
         kept = [word for word in partner if word not in (request.subject, partner[request.subject])]
         value = "plural" if request.value == "singular" else "singular"
         asked = {
@@ -122,8 +123,8 @@ def public_cases(kind: str, path: str | Path | None = None, n: int | None = None
 
     "counterfact": reliability, generality and locality as the data have them. "P36" and "P1376" of ParaRel: as in
     `bijective`, each with the other as its inverse, over the facts that are unique in both. "P101": as in `synonymy`,
-    over the persons whose field `synonyms` knows; the patterns of P106 ask for an occupation behind "works as" without
-    an article, so the occupation is asked in this project's templates. Prompts are the patterns that end in [MASK].
+    over the subjects (a few are no persons) whose field `synonyms` knows. Prompts are the patterns that end in [MASK];
+    those of P106 ask for an occupation without its article, so the occupation is asked in this project's templates.
 
     `path` as in `kncore.public`. Raises ValueError for an unknown kind, an `n` that is not from 1 to the number of
     cases, or a malformed file; FileNotFoundError or ConnectionError where the data are missing.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kncore import arch, cache, tokens
+from kncore import arch, cache, grammar, predictions, tasks, tokens
 from kncore.models import LM
 from kncore.replay import Capture, Change, capture, replay
 from kncore.tasks import Query
 
 CODE = ("arch", "replay", "tokens", "tracing")
+TRIES = 8  # sentences asked for each that is wanted
 
 
 class Restore(NamedTuple):
@@ -120,17 +121,73 @@ def trace(
     return out
 
 
+def facts(lm: LM, relation: str, n: int, seed: int = 0) -> list[tuple[Query, Query]]:
+    """The first `n` facts (in the order of `seed`) that can be traced, each with a partner to replace its subject.
+
+    Asked in the relation's first template that does not begin with the subject. The subject has 2 to 6 tokens, the
+    model prefers the answer to every other of the relation, and the partner is another fact in the same template,
+    its subject at the same tokens, its answer the foil. Fewer where the relation has no more. Raises ValueError for an
+    unknown relation.
+    """
+    known = tasks.describe(relation)
+    template = next(text for text in known.templates if not text.startswith("{}"))
+    pool = tasks.facts(relation, seed=seed, templates=[template])
+    places = [tokens.span(lm, query) for query in pool]
+    pool = [query for query, (first, last) in zip(pool, places, strict=True) if 1 <= last - first <= 5]
+    pairs = []
+    partners = replacements(lm, pool, seed)
+    prefers = predictions.predict(lm, pool, tasks.candidates(relation))["prefers"]
+    for query, partner, right in zip(pool, partners, prefers, strict=True):
+        if right and partner is not None:
+            pairs.append((replace(query, foil=partner.target), partner))
+    return pairs[:n]
+
+
+def agreement(lm: LM, phenomenon: str, n: int, seed: int = 0, then: str = "") -> list[tuple[Query, Query]]:
+    """`n` sentences of a phenomenon that can be traced, each with its partner of the other number.
+
+    The subject is the phrase from "the" to its noun, or for agreement of subject and verb to the end of the prompt;
+    `then` is what follows the prompt before the word that agrees. The model prefers that word to its foil, and the
+    partner is the other sentence of the minimal pair, its phrase at the same tokens.
+    """
+    queries = [_phrase(query, then) for query in grammar.minimal_pairs(phenomenon, seed=seed)]
+    pairs = [(query, queries[i ^ 1]) for i, query in enumerate(queries) if query and queries[i ^ 1]]
+    asked = pairs[: TRIES * n]
+    prefers = predictions.predict(lm, [query for query, _ in asked])["prefers"] if asked else []
+    return [pair for pair, right in zip(asked, prefers, strict=True) if right and _fit(lm, *pair)][:n]
+
+
+def _phrase(query: Query, then: str) -> Query | None:
+    at = query.prompt.rfind(f"the {query.subject}")
+    if at < 0:
+        return None
+    end = len(query.prompt) if query.task.startswith("subject_verb") else at + len(f"the {query.subject}")
+    return replace(query, prompt=query.prompt + then, subject=query.prompt[at:end], template="")
+
+
+def _fit(lm: LM, query: Query, other: Query) -> bool:
+    """Whether another subject lies at the same tokens of a prompt of the same length, and has another target."""
+    one, two = tokens.encode(lm, query), tokens.encode(lm, other)
+    same = (len(one.ids), tokens.span(lm, query)) == (len(two.ids), tokens.span(lm, other))
+    return same and one.target[0] != two.target[0]
+
+
 def replacements(lm: LM, queries: Sequence[Query], seed: int = 0) -> list[Query | None]:
     """For each query another one of the same template whose subject lies at the same tokens, and has another target.
 
     Drawn from `seed`; None where there is none.
     """
-    places = [(query.template, len(tokens.encode(lm, query).ids), *tokens.span(lm, query)) for query in queries]
+    places = [
+        (query.template, len(one.ids), *tokens.span(lm, query))
+        for query in queries
+        for one in [tokens.encode(lm, query)]
+    ]
+    first = [tokens.encode(lm, query).target[0] for query in queries]
     rng = random.Random(f"replacements {seed}")
     out = []
-    for query, place in zip(queries, places, strict=True):
-        fit = [other for other, there in zip(queries, places, strict=True) if there == place]
-        fit = [other for other in fit if other.target not in (query.target, "") and other.subject != query.subject]
+    for place, target in zip(places, first, strict=True):
+        there = zip(queries, places, first, strict=True)
+        fit = [other for other, its_place, its_target in there if its_place == place and its_target != target]
         out.append(rng.choice(fit) if fit else None)
     return out
 
