@@ -48,10 +48,11 @@ lint: $(STAMP)  ## ruff, check and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(STAMP)  ## time attribution beside its peers, and edits, into book/benchmark-*.md (BENCH=... for options)
+bench: $(STAMP)  ## time attribution beside its peers, edits and traces, into book/benchmark-*.md (BENCH=... for options)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-bench.lock
 	$(PY) benchmarks/attribution.py --out book/benchmark-table.md $(BENCH)
 	$(PY) benchmarks/effects.py --out book/benchmark-effects.md
+	$(PY) benchmarks/tracing.py --out book/benchmark-tracing.md
 
 clean:  ## remove what was built; .venv and the model cache stay
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis kncore.egg-info

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kncore import arch, cache, tokens, words
@@ -105,19 +105,31 @@ def _moment(lm: LM, block: int, ids: Sequence[Sequence[int]], batch: int = 16) -
 
 
 @torch.no_grad()
-def generate(lm: LM, prompts: Int[Tensor, "prompt token"], length: int, seed: int = 0) -> Int[Tensor, "prompt token"]:
-    """Each prompt with tokens sampled after it, at temperature 1 from the whole distribution, to `length` in all.
+def generate(
+    lm: LM,
+    prompts: Int[Tensor, "prompt token"],
+    length: int,
+    seed: int | None = 0,
+    real: Bool[Tensor, "prompt token"] | None = None,
+) -> Int[Tensor, "prompt token"]:
+    """Each prompt with tokens sampled after it, at temperature 1 from the whole distribution, to `length` in all; with
+    seed None the most probable token each time. `real` is False for what fills up shorter prompts on the left.
 
     Sampled on the CPU from a generator of its own: the global state of random numbers stays as it is.
     """
     from transformers import DynamicCache
 
-    rng = torch.Generator().manual_seed(seed)
+    rng = None if seed is None else torch.Generator().manual_seed(seed)
     past, ids = DynamicCache(), prompts
-    step = ids
+    step, seen = ids, torch.ones_like(ids) if real is None else real.long()
     while ids.shape[1] < length:
-        hidden = lm.model.base_model(input_ids=step, past_key_values=past, use_cache=True).last_hidden_state
-        chances = lm.readout(hidden[:, -1], normed=True).float().softmax(-1).cpu()
-        step = torch.multinomial(chances, 1, generator=rng).to(lm.device)
-        ids = torch.cat([ids, step], 1)
+        place = (seen.cumsum(1) - 1).clamp_min(0)[:, -step.shape[1] :]
+        options = {"attention_mask": seen, "position_ids": place, "past_key_values": past, "use_cache": True}
+        hidden = lm.model.base_model(input_ids=step, **options).last_hidden_state
+        logits = lm.readout(hidden[:, -1], normed=True).float().cpu()
+        step = (
+            logits.argmax(-1, keepdim=True) if rng is None else torch.multinomial(logits.softmax(-1), 1, generator=rng)
+        )
+        step = step.to(lm.device)
+        ids, seen = torch.cat([ids, step], 1), torch.cat([seen, torch.ones_like(step)], 1)
     return ids

@@ -120,19 +120,32 @@ def intervals(rows: Mapping[str, Estimate], xlabel: str, colours: Sequence[str] 
 
 
 def grouped(
-    rows: Mapping[str, Mapping[str, Estimate]], xlabel: str, colours: Mapping[str, str], zero: bool = True
+    rows: Mapping[str, Mapping[str, Estimate]],
+    xlabel: str,
+    colours: Mapping[str, str],
+    zero: bool = True,
+    before: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Axes:
-    """Several estimates a row, in the order and the colours of `colours`: values as dots, 95 % intervals as bars."""
+    """Several estimates a row, in the order and the colours of `colours`: values as dots, 95 % intervals as bars.
+
+    `before` adds a hollow dot to an estimate: the value that it started from.
+    """
     _, ax = plt.subplots(figsize=(8, (0.11 * len(colours) + 0.18) * len(rows) + 1.2))
     for place, (label, colour) in enumerate(colours.items()):
         shift = (place - (len(colours) - 1) / 2) * 0.72 / len(colours)
         here = [(i + shift, estimates[label]) for i, estimates in enumerate(rows.values()) if label in estimates]
         for y, estimate in here:
             ax.plot([estimate.low, estimate.high], [y, y], color=colour, lw=2, solid_capstyle="round")
+        began = {i + shift: before[row][label] for i, row in enumerate(rows) if label in (before or {}).get(row, {})}
+        if began:
+            ax.plot(list(began.values()), list(began), "o", ms=5, mec=colour, mfc="white")
         values = [estimate.value for _, estimate in here]
         ax.plot(values, [y for y, _ in here], "o", ms=5, color=colour, label=label)
+    if before:
+        ax.plot([], [], "o", ms=5, mec="black", mfc="white", label="before")
     _label_rows(ax, list(rows), xlabel, zero)
-    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(colours)), fontsize=9)
+    entries = len(colours) + bool(before)
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, entries), fontsize=9)
     return ax
 
 
@@ -144,14 +157,19 @@ def scatter(
     by: str,
     colours: Mapping[str, str],
     seed: int = 0,
+    zero: bool = False,
 ) -> Sequence[Axes]:
     """One column of a table against others, a panel each, coloured `by` a third; least squares with its 95 % band.
 
-    `across` maps columns to axis labels. Rows without a value in a column are left out of its panel.
+    `across` maps columns to axis labels. Rows without a value in a column are left out of its panel. `zero` draws
+    lines through zero on both axes, for columns whose sign tells something.
     """
     table = table[table[by].isin(colours)]
     _, axes = plt.subplots(1, len(across), figsize=(8, 3.4), sharey=True, squeeze=False)
     for ax, (column, label) in zip(axes[0], across.items(), strict=True):
+        if zero:
+            ax.axhline(0, color="black", lw=0.6)
+            ax.axvline(0, color="black", lw=0.6)
         for kind, colour in colours.items():
             part = table[table[by] == kind]
             ax.plot(part[column], part[up], "o", ms=3, alpha=0.45, mew=0, color=colour, label=kind)
@@ -165,9 +183,16 @@ def scatter(
 
 
 def curves(
-    panels: Mapping[str, Mapping[str, Mapping[float, Estimate]]], xlabel: str, ylabel: str, colours: Mapping[str, str]
+    panels: Mapping[str, Mapping[str, Mapping[float, Estimate]]],
+    xlabel: str,
+    ylabel: str,
+    colours: Mapping[str, str],
+    log: bool = True,
 ) -> Sequence[Axes]:
-    """Estimates along a logarithmic axis, one panel beside the other: lines with their 95 % intervals as bands."""
+    """Estimates along an axis, one panel beside the other: lines with their 95 % intervals as bands.
+
+    The axis is logarithmic, or with `log=False` linear (blocks), with a line at zero.
+    """
     figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.6), sharey=True, squeeze=False)
     handles: dict[str, object] = {}
     for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
@@ -179,7 +204,10 @@ def curves(
                 x, [points[at].value for at in x], marker="o", ms=3.5, lw=1.6, color=colours[label], **dashes
             )
             ax.fill_between(x, low, high, color=colours[label], alpha=0.14, lw=0)
-        ax.set_xscale("log")
+        if log:
+            ax.set_xscale("log")
+        else:
+            ax.axhline(0, color="black", lw=0.6)
         ax.set(title=title, xlabel=xlabel)
         ax.grid(axis="y", lw=0.4)
     axes[0, 0].set_ylabel(ylabel)
@@ -237,6 +265,55 @@ def word_changes(
     }
     figure.legend(handles.values(), handles, frameon=False, ncols=6, loc="outside upper center", fontsize=9)
     return axes[:, 0]
+
+
+def trace_map(
+    effect: Float[Tensor, "token block"],
+    tokens: Sequence[str],
+    blocks: Sequence[int],
+    label: str,
+    subject: tuple[int, int],
+) -> Axes:
+    """One map as in `trace_maps`, over the width of the page."""
+    return trace_maps({"": (effect, tokens, blocks, subject)}, label)[0]
+
+
+def trace_maps(
+    traces: Mapping[str, tuple[Float[Tensor, "token block"], Sequence[str], Sequence[int], tuple[int, int]]], label: str
+) -> Sequence[Axes]:
+    """Effects of restoring states, tokens × blocks, as images side by side.
+
+    A trace is (effect, tokens, blocks, subject): `subject` the first and the last of its tokens, which have an
+    asterisk. The images share the colours, from zero to the largest effect; what is below has the colour of zero, and
+    then the bar ends in an arrow. `label` names the effect and its unit.
+    """
+    lowest = min(float(effect.min()) for effect, *_ in traces.values())
+    highest = max(float(effect.max()) for effect, *_ in traces.values())
+    tallest = max(len(tokens) for _, tokens, *_ in traces.values())
+    figure, axes = plt.subplots(1, len(traces), figsize=(8, 0.24 * tallest + 1.3), squeeze=False)
+    shown = {}
+    for ax, (title, (effect, tokens, blocks, subject)) in zip(axes[0], traces.items(), strict=True):
+        image = ax.imshow(
+            np.asarray(effect),
+            cmap="cividis",
+            vmin=0,
+            vmax=highest if highest > 0 else 1,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        first, last = subject
+        words = [word.strip().replace("$", r"\$") + "*" * (first <= i <= last) for i, word in enumerate(tokens)]
+        again = words == shown.get("words")  # the prompt of the image to the left: its labels will do
+        ax.set_yticks(range(len(words)), labels=[] if again else words, fontsize=8)
+        step = max(1, round(len(blocks) / 6))
+        ax.set_xticks(range(0, len(blocks), step), labels=blocks[::step])
+        ax.set(xlabel="block", title=title)
+        ax.tick_params(length=2)
+        sns.despine(ax=ax, left=True, bottom=True)
+        shown = {"words": words, "image": image}
+    bar = figure.colorbar(shown["image"], ax=axes[0].tolist(), pad=0.01, extend="min" if lowest < 0 else "neither")
+    bar.set_label(label)
+    return axes[0]
 
 
 def leaders(groups: Mapping[str, Sequence[Neuron]]) -> Axes:

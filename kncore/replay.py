@@ -28,8 +28,8 @@ class Capture:
 
     `start` is the first position that rows carry, per prompt. `inputs[l]` is what enters block l at the positions that
     rows carry; `sites[name][l]` the state of a site at the target position, or where `at` said; `target` the target
-    position, counted from `start`; `keys`, `values` those of the tokens before `start`; `mask` the additive attention mask of a row over
-    (prefix, row), one per sliding window; `rotary` the rotary embeddings at the row's positions.
+    position, counted from `start`; `keys`, `values` those of the tokens before `start`; `mask` the additive attention
+    mask of a row over (prefix, row), one per sliding window; `rotary` the rotary embeddings at the row's positions.
     """
 
     lm: LM

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -49,7 +49,7 @@ class Trace:
 
     `tokens` of the prompt, `subject` the positions of its first and last token; `clean` and `corrupted` (the mean over
     samples) without restoring; `restored[r, t, l]` with restore r at token t and block `blocks[l]`, the mean over
-    samples. Tokens before the subject cannot change and have the corrupted run's numbers.
+    samples. Tokens before the subject cannot change and have the corrupted run's numbers; those not asked for have nan.
     """
 
     query: Query
@@ -74,25 +74,28 @@ def trace(
     noise: float | None = 3.0,
     samples: int = 3,
     others: Sequence[Query] | None = None,
+    where: str = "all",
     stride: int = 1,
     seed: int = 0,
     budget: int = 1024,
     store: bool = True,
     progress: bool = False,
 ) -> list[Trace]:
-    """Trace each query at every token from its subject on, and every block (or every `stride`-th from 0 on).
+    """Trace each query at every token from its subject on (`where` "ends": at the last token of the subject and where
+    the target is predicted), and every block (or every `stride`-th from 0 on).
 
     The corruption adds normal noise to the embeddings of the subject's tokens: `noise` times the standard deviation of
     the embedding matrix, `samples` times, drawn from `seed` and the prompt. With `others`, one query per query, it puts
     the other subject in its place instead (symmetric token replacement): the same number of tokens, one run.
 
     Queries need a subject and a foil. Finished traces are stored, and found again after an interrupt. Raises ValueError
-    for a query without subject or foil, others of another length, an unknown site, and nonsensical numbers.
+    for a query without subject or foil or whose foil begins as its target, others that differ in more than the subject
+    or have another number of tokens there, an unknown site, and nonsensical numbers.
     """
-    _check(lm, queries, restores, noise, samples, others, stride)
+    _check(lm, queries, restores, noise, samples, others, where, stride)
     blocks = tuple(range(0, len(lm.blocks), stride))
     settings = {
-        "stride": stride,
+        "where": [where, stride],
         "restores": [list(r) for r in restores],
         "corruption": [noise, samples, seed] if others is None else "replacement",
     }
@@ -103,17 +106,22 @@ def trace(
         foil = tokens.encode(lm, query, query.foil)
         span = tokens.span(lm, query)
         other = None if others is None else tokens.encode(lm, others[i], query.target)
-        if other is not None and (len(other.ids), tokens.span(lm, others[i], query.target)) != (len(encoded.ids), span):
+        if other is not None and _frame(lm, others[i], query.target) != _frame(lm, query):
             raise ValueError(
-                f"{others[i].prompt!r} cannot replace {query.prompt!r}: the tokens of their subjects do not lie in the "
-                "same places; choose others with `replacements`"
+                f"{others[i].prompt!r} cannot replace {query.prompt!r}: their subjects lie at other tokens, or "
+                "other tokens stand around them; choose others with `replacements`"
             )
         ends = encoded.target[0], foil.target[0]
+        if ends[0] == ends[1]:
+            raise ValueError(
+                f"{query.prompt!r}: {query.target!r} and its foil {query.foil!r} begin with the same token, so their "
+                "log-odds is always 0; choose another foil"
+            )
         told = [encoded.ids, encoded.position, ends, span, other and other.ids]
         key = cache.name(lm, {**settings, "query": told}, CODE)
         found = cache.read(folder, key) if folder else None
         if found is None:
-            found = _trace(lm, encoded, other, span, ends, restores, noise, samples, blocks, seed, budget)
+            found = _trace(lm, encoded, other, span, ends, restores, noise, samples, where, blocks, seed, budget)
             if folder:
                 cache.write(folder, key, found)
         words = tuple(lm.tokenizer.decode([token]) for token in encoded.ids)
@@ -148,13 +156,19 @@ def agreement(lm: LM, phenomenon: str, n: int, seed: int = 0, then: str = "") ->
 
     The subject is the phrase from "the" to its noun, or for agreement of subject and verb to the end of the prompt;
     `then` is what follows the prompt before the word that agrees. The model prefers that word to its foil, and the
-    partner is the other sentence of the minimal pair, its phrase at the same tokens.
+    partner is the other sentence of the minimal pair, its phrase at the same tokens. No lemma comes twice, and the two
+    conditions take turns.
     """
     queries = [_phrase(query, then) for query in grammar.minimal_pairs(phenomenon, seed=seed)]
     pairs = [(query, queries[i ^ 1]) for i, query in enumerate(queries) if query and queries[i ^ 1]]
     asked = pairs[: TRIES * n]
     prefers = predictions.predict(lm, [query for query, _ in asked])["prefers"] if asked else []
-    return [pair for pair, right in zip(asked, prefers, strict=True) if right and _fit(lm, *pair)][:n]
+    found: dict[str, tuple[Query, Query]] = {}
+    last = ""
+    for (query, partner), right in zip(asked, prefers, strict=True):
+        if right and query.item not in found and query.value != last and _fit(lm, query, partner):
+            found[query.item], last = (query, partner), query.value
+    return list(found.values())[:n]
 
 
 def _phrase(query: Query, then: str) -> Query | None:
@@ -166,10 +180,15 @@ def _phrase(query: Query, then: str) -> Query | None:
 
 
 def _fit(lm: LM, query: Query, other: Query) -> bool:
-    """Whether another subject lies at the same tokens of a prompt of the same length, and has another target."""
-    one, two = tokens.encode(lm, query), tokens.encode(lm, other)
-    same = (len(one.ids), tokens.span(lm, query)) == (len(two.ids), tokens.span(lm, other))
-    return same and one.target[0] != two.target[0]
+    """Whether another subject lies at the same tokens of an otherwise equal prompt, and has another target."""
+    same = _frame(lm, query) == _frame(lm, other)
+    return same and tokens.encode(lm, query).target[0] != tokens.encode(lm, other).target[0]
+
+
+def _frame(lm: LM, query: Query, target: str | None = None) -> tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]]:
+    """Where the subject lies, and the tokens before and after it."""
+    ids, (first, last) = tokens.encode(lm, query, target).ids, tokens.span(lm, query, target)
+    return (first, last), ids[:first], ids[last + 1 :]
 
 
 def replacements(lm: LM, queries: Sequence[Query], seed: int = 0) -> list[Query | None]:
@@ -177,11 +196,7 @@ def replacements(lm: LM, queries: Sequence[Query], seed: int = 0) -> list[Query 
 
     Drawn from `seed`; None where there is none.
     """
-    places = [
-        (query.template, len(one.ids), *tokens.span(lm, query))
-        for query in queries
-        for one in [tokens.encode(lm, query)]
-    ]
+    places = [(query.template, *_frame(lm, query)) for query in queries]
     first = [tokens.encode(lm, query).target[0] for query in queries]
     rng = random.Random(f"replacements {seed}")
     out = []
@@ -192,7 +207,7 @@ def replacements(lm: LM, queries: Sequence[Query], seed: int = 0) -> list[Query 
     return out
 
 
-def _check(lm: LM, queries, restores, noise, samples, others, stride) -> None:
+def _check(lm: LM, queries, restores, noise, samples, others, where, stride) -> None:
     known = {"residual", "mlp", "attention"}
     if not queries or not restores:
         raise ValueError("nothing to trace; give at least one query and one restore")
@@ -207,6 +222,8 @@ def _check(lm: LM, queries, restores, noise, samples, others, stride) -> None:
         raise ValueError(f"{len(queries)} queries but {len(others)} others; give one for each")
     if others is None and (noise is None or not noise > 0 or samples < 1):
         raise ValueError(f"noise must be positive and samples at least 1, got {noise} and {samples}")
+    if where not in ("all", "ends"):
+        raise ValueError(f"unknown tokens {where!r} to restore at; choose 'all' or 'ends'")
     if not 1 <= stride <= len(lm.blocks):
         raise ValueError(f"stride is a number of blocks, 1 to {len(lm.blocks)}, got {stride}")
     for query in queries:
@@ -214,7 +231,7 @@ def _check(lm: LM, queries, restores, noise, samples, others, stride) -> None:
             raise ValueError(f"{query.prompt!r}: tracing needs a subject to corrupt and a foil for the log-odds")
 
 
-def _trace(lm, encoded, other, span, ends, restores, noise, samples, blocks, seed, budget) -> dict[str, Tensor]:
+def _trace(lm, encoded, other, span, ends, restores, noise, samples, where, blocks, seed, budget) -> dict[str, Tensor]:
     sites = sorted({name for restore in restores for name in (restore.site, restore.sever) if name})
     length, first = len(encoded.ids), 0 if lm.spec.masked else span[0]
     clean_logits, clean = _run(lm, encoded, sites)
@@ -231,11 +248,14 @@ def _trace(lm, encoded, other, span, ends, restores, noise, samples, blocks, see
         base = _read(wrong_logits, ends).mean(0)
         restored = base.expand(len(restores), length, len(blocks), 2).clone()
         captured = None
-        for t in range(first, length if lm.spec.masked else encoded.position + 1):
+        reached = range(first, length if lm.spec.masked else encoded.position + 1)
+        if where == "ends":
+            reached = sorted({span[1], encoded.position})
+            restored[:, first:] = torch.nan
+        for t in reached:
             if captured is None or not lm.spec.masked:
                 captured = capture(lm, shown, sites=(), start=[t] * len(shown))
-            for r, restore in enumerate(restores):
-                restored[r, t] = _cells(captured, restore, t, blocks, clean, wrong, ends, budget)
+            restored[:, t] = _cells(captured, restores, t, blocks, clean, wrong, ends, budget)
     return {"clean": _read(clean_logits, ends)[0].cpu(), "corrupted": base.cpu(), "restored": restored.cpu()}
 
 
@@ -276,42 +296,59 @@ def _read(logits: Float[Tensor, "row vocab"], ends: tuple[int, int]) -> Float[Te
 
 @torch.no_grad()
 def _cells(
-    captured: Capture, restore: Restore, t: int, blocks, clean, wrong, ends: tuple[int, int], budget: int
-) -> Float[Tensor, "block 2"]:
-    """The mean over samples of every block's cell at token t."""
+    captured: Capture, restores: Sequence[Restore], t: int, blocks, clean, wrong, ends: tuple[int, int], budget: int
+) -> Float[Tensor, "restore block 2"]:
+    """The mean over samples of every restore's cell of every block at token t."""
     samples, n = len(captured.target), len(captured.lm.blocks)
-    spans = [(max(0, b - restore.window // 2), min(n, b - restore.window // 2 + restore.window)) for b in blocks]
-    rows = [(low, high, s) for low, high in spans for s in range(samples)]
+    rows = []
+    for r, restore in enumerate(restores):
+        for b in blocks:
+            low = b - restore.window // 2
+            rows += [_Row(max(0, low), r, min(n, low + restore.window), b, s) for s in range(samples)]
+    rows.sort()
     room = max(1, budget // captured.row_cost)
-    logits = [_replayed(captured, restore, t, rows[i : i + room], clean, wrong) for i in range(0, len(rows), room)]
-    return _read(torch.cat(logits), ends).unflatten(0, (len(blocks), samples)).mean(1)
+    logits = [_replayed(captured, restores, t, rows[i : i + room], clean, wrong) for i in range(0, len(rows), room)]
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].restore, rows[i].block, rows[i].sample))
+    return _read(torch.cat(logits), ends)[order].unflatten(0, (len(restores), len(blocks), samples)).mean(2)
 
 
-def _replayed(captured: Capture, restore: Restore, t: int, rows, clean, wrong) -> Float[Tensor, "row vocab"]:
+class _Row(NamedTuple):
+    """A cell of one sample: from block `low` on, up to but not with `high`, the clean state is put back."""
+
+    low: int
+    restore: int
+    high: int
+    block: int
+    sample: int
+
+
+def _replayed(
+    captured: Capture, restores: Sequence[Restore], t: int, rows: Sequence[_Row], clean, wrong
+) -> Float[Tensor, "row vocab"]:
+    """Logits of some cells at token t, which rise in block and, within a block, in restore."""
     lm = captured.lm
-    low, high, sample = torch.tensor(rows, device=lm.device).T
+    low, which, high, _, sample = torch.tensor(rows, device=lm.device).T
     changes = []
-    for depth, group in groupby(rows, key=lambda row: row[0]):
-        prompts = torch.tensor([s for *_, s in group], device=lm.device)
-        values = clean[restore.site][depth][0, t].expand(len(prompts), -1)
-        changes.append(Change(depth, prompts, values, restore.site, torch.full_like(prompts, t)))
+    for (depth, r), group in groupby(rows, key=lambda row: row[:2]):
+        prompts = torch.tensor([row.sample for row in group], device=lm.device)
+        values = clean[restores[r].site][depth][0, t].expand(len(prompts), -1)
+        changes.append(Change(depth, prompts, values, restores[r].site, torch.full_like(prompts, t)))
     at = t - int(captured.start[0])
 
     def put(x: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
         return x.index_put((chosen, torch.full_like(chosen, at)), values.to(x.dtype))
 
     with contextlib.ExitStack() as hooks:
-
-        def hook(depth: int, site: str, change: Callable) -> None:
-            hooks.enter_context(arch.at_site(lm.blocks[depth], lm.spec.sites[site], change))
-
-        for depth in range(rows[0][0], len(lm.blocks)):
-            again = ((low < depth) & (depth < high)).nonzero()[:, 0]
-            if len(again):
-                value = clean[restore.site][depth][0, t].expand(len(again), -1)
-                hook(depth, restore.site, partial(put, chosen=again, values=value))
-            if restore.sever:
-                below = (low <= depth).nonzero()[:, 0]
-                value = wrong[restore.sever][depth][sample[below], t]
-                hook(depth, restore.sever, partial(put, chosen=below, values=value))
+        for depth in range(rows[0].low, len(lm.blocks)):
+            for r, restore in enumerate(restores):
+                inside = ((which == r) & (low < depth) & (depth < high)).nonzero()[:, 0]
+                below = ((which == r) & (low <= depth)).nonzero()[:, 0]
+                todo = []
+                if len(inside):
+                    todo.append((restore.site, inside, clean[restore.site][depth][0, t].expand(len(inside), -1)))
+                if restore.sever and len(below):
+                    todo.append((restore.sever, below, wrong[restore.sever][depth][sample[below], t]))
+                for site, chosen, values in todo:
+                    change = partial(put, chosen=chosen, values=values)
+                    hooks.enter_context(arch.at_site(lm.blocks[depth], lm.spec.sites[site], change))
         return replay(captured, changes)

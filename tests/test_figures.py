@@ -60,6 +60,14 @@ NOUNS = pd.DataFrame(
 )
 ACROSS = {"frequency": "frequency (Zipf)", "association": "association (bits)"}
 KINDS = {"irregular": figures.GRAMMAR, "regular": figures.FACTS, "made up": figures.ACCENT}
+TOKENS, OTHER_TOKENS = ["The", " capital", " of", " New", " Zealand", " is"], ["the", " $", " $5", "cats"]
+EFFECTS_OF_STATES = {
+    "residual": (scores(6, 4), TOKENS, range(4), (3, 4)),
+    "MLP": (scores(6, 2).abs() / 9, TOKENS, (0, 2), (3, 4)),
+    "agreement": (scores(4, 30), OTHER_TOKENS, tuple(range(30)), (0, 0)),
+}
+BEFORE = {"all facts": {"answer": 0.05, "word": 0.0}, "occupation": {"word": 0.15}}
+PROFILES = {"residual": {"the fact": {b: Estimate(0.1 * b, 0.1 * b - 0.2, 0.1 * b + 0.2, 9) for b in range(5)}}}
 LOSSES = [[2.5, -0.3, 0.001], [0.0, 1.25, -0.002]]
 DRAW = {
     "attribution_map": lambda: figures.attribution_map(scores()),
@@ -72,6 +80,12 @@ DRAW = {
     "leaders": lambda: figures.leaders(LEADERS),
     "grouped": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS),
     "grouped_one": lambda: figures.grouped({"a": {"b": ROWS["one"]}}, "share", {"b": "black"}, zero=False),
+    "grouped_before": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS, before=BEFORE),
+    "trace_map": lambda: figures.trace_map(*EFFECTS_OF_STATES["residual"][:3], "effect", (3, 4)),
+    "trace_map_zero": lambda: figures.trace_map(torch.zeros(6, 4), TOKENS, range(4), "effect", (3, 4)),
+    "trace_maps": lambda: figures.trace_maps(EFFECTS_OF_STATES, "effect")[0],
+    "scatter_zero": lambda: figures.scatter(NOUNS, ACROSS, "effect", "loss", "kind", KINDS, zero=True)[0],
+    "curves_linear": lambda: figures.curves(PROFILES, "block", "effect", DOSE_COLOURS, log=False)[0],
     "scatter": lambda: figures.scatter(NOUNS, ACROSS, "effect", "loss", "kind", KINDS)[0],
     "scatter_one": lambda: figures.scatter(NOUNS, {"frequency": "Zipf"}, "effect", "loss", "kind", KINDS)[0],
     "curves": lambda: figures.curves(DOSES, "neurons", "share", DOSE_COLOURS)[0],
@@ -94,6 +108,12 @@ LABELS = {
     "leaders": ("facts", ""),
     "grouped": ("share", ""),
     "grouped_one": ("share", ""),
+    "grouped_before": ("share", ""),
+    "trace_map": ("block", ""),
+    "trace_map_zero": ("block", ""),
+    "trace_maps": ("block", ""),
+    "scatter_zero": ("frequency (Zipf)", "loss"),
+    "curves_linear": ("block", "effect"),
     "scatter": ("frequency (Zipf)", "loss"),
     "scatter_one": ("Zipf", "loss"),
     "curves": ("neurons", "share"),
@@ -148,7 +168,7 @@ def test_figures_draw_without_warnings_are_labelled_and_repeat_byte_for_byte(nam
 def test_every_figure_is_drawn_here():
     own = {name for name, thing in vars(figures).items() if getattr(thing, "__module__", "") == figures.__name__}
     public = {name for name in own if not name.startswith("_")}
-    ends = ("_wide", "_tiny", "_one", "_zero", "_empty", "_signed")
+    ends = ("_wide", "_tiny", "_one", "_zero", "_empty", "_signed", "_before", "_linear")
     drawn = {name.removesuffix(end) for name in DRAW for end in ends}
     assert public - {"setup", "table"} <= drawn
 
@@ -248,6 +268,62 @@ def test_groups_of_intervals_are_drawn_row_by_row_each_series_in_its_colour(orde
 def test_the_line_at_zero_is_drawn_if_asked_for():
     with_zero, without = (figures.grouped(EFFECTS, "share", EFFECT_COLOURS, zero=zero) for zero in (True, False))
     assert len(with_zero.lines) == len(without.lines) + 1
+
+
+@pytest.mark.parametrize("order", [["answer", "word"], ["word", "answer"]])
+def test_values_before_are_hollow_and_lie_on_the_line_of_their_estimate(order):
+    ax = figures.grouped(EFFECTS, "share", {label: EFFECT_COLOURS[label] for label in order}, before=BEFORE)
+    hollow = {(x, edge): y for _, x, y, edge, face in dots(ax) if face == "white"}
+    filled = {(round(y), edge): y for _, x, y, edge, face in dots(ax) if face != "white"}
+    given = [(list(EFFECTS).index(row), label, x) for row, some in BEFORE.items() for label, x in some.items()]
+    assert len(dots(ax)) == 5 + 3 and len(filled) == 5
+    assert hollow == {(x, EFFECT_COLOURS[label]): filled[i, EFFECT_COLOURS[label]] for i, label, x in given}
+    assert legend(ax) == [*order, "before"]
+    without = figures.grouped(EFFECTS, "share", {label: EFFECT_COLOURS[label] for label in order})
+    assert len(bars(ax)) == len(bars(without)) and legend(without) == order
+
+
+def test_a_scatter_has_lines_through_zero_if_asked_for():
+    for zero in (True, False):
+        for ax in figures.scatter(NOUNS, ACROSS, "effect", "loss", "kind", KINDS, zero=zero):
+            lines = [line for line in ax.lines if line.get_marker() == "None" and line.get_transform() != ax.transData]
+            drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+            assert drawn == ([([0, 1], [0, 0]), ([0, 0], [0, 1])] if zero else [])
+
+
+def test_trace_maps_show_the_effects_as_given_and_share_their_colours():
+    axes = figures.trace_maps(EFFECTS_OF_STATES, "indirect effect (nats)")
+    assert [ax.get_title() for ax in axes] == list(EFFECTS_OF_STATES)
+    largest = max(float(effect.max()) for effect, *_ in EFFECTS_OF_STATES.values())
+    for ax, (effect, words, blocks, _) in zip(axes, EFFECTS_OF_STATES.values(), strict=True):
+        (image,) = ax.images
+        assert np.asarray(image.get_array()) == pytest.approx(effect.numpy())
+        assert image.get_clim() == (0, pytest.approx(largest))
+        assert list(ax.get_yticks()) == list(range(len(words))) and ax.yaxis_inverted()
+        shown = {x: label.get_text() for x, label in zip(ax.get_xticks(), ax.get_xticklabels(), strict=True)}
+        assert shown == {x: str(blocks[int(x)]) for x in shown} and shown[0] == "0" and len(shown) <= 8
+    (bar,) = [ax for ax in axes[0].figure.axes if ax not in list(axes)]
+    assert bar.get_ylabel() == "indirect effect (nats)"
+    # The tokens of one prompt are written once, and those of the subject have an asterisk; no dollar starts a formula.
+    written = [[label.get_text() for label in ax.get_yticklabels()] for ax in axes]
+    assert written == [["The", "capital", "of", "New*", "Zealand*", "is"], [""] * 6, ["the*", r"\$", r"\$5", "cats"]]
+
+
+@pytest.mark.parametrize("lowest, end", [(-0.1, "min"), (0.0, "neither")])
+def test_the_bar_of_a_trace_map_ends_in_an_arrow_where_effects_are_below_zero(lowest, end):
+    ax = figures.trace_map(torch.tensor([[lowest, 0.5], [0.2, 0.1]]), ["a", "b"], [0, 3], "effect", (1, 1))
+    assert ax.images[0].colorbar.extend == end and ax.images[0].get_clim() == (0, 0.5)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b*"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "3"]
+
+
+def test_curves_over_blocks_have_a_linear_axis_and_a_line_at_zero():
+    (ax,) = figures.curves(PROFILES, "block", "effect", DOSE_COLOURS, log=False)
+    assert ax.get_xscale() == "linear"
+    (zero,) = [line for line in ax.lines if line.get_transform() != ax.transData]
+    assert list(zero.get_ydata()) == [0, 0]
+    (line,) = [line for line in ax.lines if line is not zero]
+    assert list(line.get_xdata()) == list(range(5)) and line.get_ydata() == pytest.approx(0.1 * np.arange(5))
 
 
 def test_scattered_points_are_the_rows_that_have_both_values_in_the_colour_of_their_kind():

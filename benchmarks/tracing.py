@@ -1,0 +1,132 @@
+"""Time causal tracing: one run of the whole model for each cell, and replay.
+
+    python benchmarks/tracing.py [--model NAME] [--stride N] [--samples N] [--out FILE]
+
+Prints a table in Markdown. A run of the whole model holds all samples of a cell as one batch; the head reads the last
+token alone, and the clean states are kept from one run. Both ways leave out the tokens before the subject, use the same
+noise and compute the same numbers; the largest difference is in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import kncore
+from kncore import arch, tokens, tracing
+from kncore.tasks import Query
+from kncore.tracing import Restore
+
+# Prompts of 5, 10 and 15 tokens for the default model.
+QUERIES = (
+    Query("New Zealand's capital is", "Wellington", "New Zealand", "Oslo"),
+    Query("The Statue of Liberty stands in the harbour of New", "York", "Statue of Liberty", "Delhi"),
+    Query(
+        "The Great Barrier Reef, as every child there learns at school, lies off",
+        "Australia",
+        "Great Barrier Reef",
+        "Iceland",
+    ),
+)
+RESTORES = {"residual stream, one block": Restore(), "MLP, ten blocks": Restore("mlp", 10)}
+
+
+def whole(lm, query: Query, restore: Restore, noise: torch.Tensor, stride: int) -> torch.Tensor:
+    """Readings `[token, block, 2]` from the subject on, a run of the whole model a cell."""
+    encoded, (first, last) = tokens.encode(lm, query), tokens.span(lm, query)
+    ends = [encoded.target[0], tokens.encode(lm, query, query.foil).target[0]]
+    where, n = lm.spec.sites[restore.site], len(lm.blocks)
+    clean: list[torch.Tensor] = []
+
+    def logits(rows: int) -> torch.Tensor:
+        ids = torch.tensor([encoded.ids] * rows, device=lm.device)
+        states = lm.model.base_model(input_ids=ids).last_hidden_state
+        return lm.readout(states[:, encoded.position], normed=True).float()
+
+    def noised(module, args, out):
+        out = out.clone()
+        out[:, first : last + 1] += noise
+        return out
+
+    def put(x, t: int, depth: int):
+        x = x.clone()
+        x[:, t] = clean[depth][:, t]
+        return x
+
+    with contextlib.ExitStack() as hooks:
+        for block in lm.blocks:
+            hooks.enter_context(arch.at_site(block, where, clean.append))
+        logits(1)
+    out = torch.empty(len(encoded.ids) - first, len(range(0, n, stride)), 2)
+    hook = lm.model.get_input_embeddings().register_forward_hook(noised)
+    try:
+        for t in range(first, len(encoded.ids)):
+            for i, block in enumerate(range(0, n, stride)):
+                window = range(max(0, block - restore.window // 2), min(n, block + (restore.window + 1) // 2))
+                with contextlib.ExitStack() as hooks:
+                    for depth in window:
+                        hooks.enter_context(arch.at_site(lm.blocks[depth], where, partial(put, t=t, depth=depth)))
+                    got = logits(len(noise))
+                target, foil = got[:, ends].T
+                out[t - first, i, 0] = got.softmax(-1)[:, ends[0]].mean()
+                out[t - first, i, 1] = (target - foil).mean()
+    finally:
+        hook.remove()
+    return out
+
+
+def timed(work):
+    begun = time.perf_counter()
+    result = work()
+    return time.perf_counter() - begun, result
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--stride", type=int, default=1, help="every how many blocks a cell lies")
+    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="file for the table; without it the table is printed")
+    options = parser.parse_args()
+    lm = kncore.load(options.model)
+    settings = {"samples": options.samples, "store": False}
+    tracing.trace(lm, QUERIES[:1], stride=len(lm.blocks), **settings)  # warm
+    lines = [
+        f"*{lm.name}*, {torch.get_num_threads()} threads; {options.samples} samples of noise a cell.",
+        "",
+        "| restored | tokens | cells | a run a cell, s | replay, s | ratio | largest difference: P, log-odds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for label, restore in RESTORES.items():
+        for query in QUERIES:
+            with mock.patch.object(tracing, "_noised", wraps=tracing._noised) as corrupted:
+                fast, (got,) = timed(
+                    lambda query=query, restore=restore: tracing.trace(
+                        lm, [query], [restore], stride=options.stride, **settings
+                    )
+                )
+            noise = corrupted.call_args.args[2]
+            slow, want = timed(
+                lambda query=query, restore=restore, noise=noise: whole(lm, query, restore, noise, options.stride)
+            )
+            apart = (got.restored[0, got.subject[0] :] - want).abs().amax((0, 1)).tolist()
+            lines.append(
+                f"| {label} | {len(got.tokens)} | {want[..., 0].numel()} | {slow:.1f} | {fast:.2f} | {slow / fast:.1f} "
+                f"| {apart[0]:.0e}, {apart[1]:.0e} |"
+            )
+    text = "\n".join(lines) + "\n"
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Criteria of an edit: what the model says before and after, and whether that is what it should say then.
+
+Every query of every case is asked of the model as it is and under the case's edit. Equal questions are asked once, and
+questions under different edits share batches, each row run with its own edit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from kncore import stats, tokens
+from kncore.cases import Case
+from kncore.covariance import generate
+from kncore.editors import Edit
+from kncore.interventions import Delta, edited, edited_rows
+from kncore.models import LM
+from kncore.tasks import Query, unknown
+from kncore.tokens import Encoded
+
+CONTROLS = ("locality", "symmetry_old", "largest_city")  # criteria that ask whether an answer stays
+FORMS = ("says", "margin", "rank")
+LOW_RANK = 16  # up to here edits share a batch, row by row; the weights of an edit above are exchanged once
+
+Key = tuple[int, Encoded]  # an edit by its place, counted from 1 (0: none), and a word after its prompt
+
+
+class _Read(NamedTuple):
+    """What is read for a word; `top` is the most probable token in the place of its first one."""
+
+    logp: float
+    says: bool
+    rank: int
+    top: int
+
+
+def measure(
+    lm: LM, cases: Sequence[Case], edits: Sequence[Edit], budget: int = 512, progress: bool = False
+) -> pd.DataFrame:
+    """One row per case, criterion and query: `case` (its place), `item` of the request, `criterion`, `prompt`,
+    `target`, `foil`, `failed` (why there is nothing after the edit, or ""), and, `_before` and `_after` the edit:
+
+    `says`, whether every token of the target is the most probable one given those before it (the accuracy of Niu et al.
+    2024); `logp`, the mean log-probability per token of the target, in nats; `margin`, the same minus that of the foil
+    (nan without one); `rank` of the target's first token, 0 for the most probable. `kept`: whether the most probable
+    token in that place is the same as before.
+
+    Causal models read a target token by token, masked models at as many masks, all at once; a foil with another number
+    of tokens has its own masks. An edit's `context` is put before the prompt as it is. Where an edit failed, or leaves
+    probabilities that are not numbers, all that is after it is missing (nan, <NA>).
+
+    `budget`: how many positions are run at once. Raises ValueError for another number of edits than of cases, a query
+    that the model cannot be asked, and a model whose probabilities are not numbers before any edit.
+    """
+    if len(cases) != len(edits):
+        raise ValueError(f"{len(cases)} cases but {len(edits)} edits; give one edit per case")
+
+    @cache
+    def words(query: Query, context: str) -> list[Encoded]:
+        query = replace(query, prompt=context + query.prompt)
+        found = [tokens.encode(lm, query, word) for word in (query.target, query.foil) if word]
+        return found if lm.spec.masked else [replace(e, ids=e.ids + e.target[:-1]) for e in found]
+
+    places: dict[int, int] = {}
+    deltas: dict[int, Sequence[Delta]] = {0: ()}
+    asked = []
+    for i, (case, edit) in enumerate(zip(cases, edits, strict=True)):
+        place = places.setdefault(id(edit), i + 1) if edit.deltas else 0
+        deltas[place] = () if edit.failed else edit.deltas
+        for criterion, queries in case.asked.items():
+            for query in queries:
+                before = [(0, word) for word in words(query, "")]
+                after = [] if edit.failed else [(place, word) for word in words(query, edit.context)]
+                asked.append((i, criterion, query, before, after))
+    read = _read(lm, {key for *_, before, after in asked for key in before + after}, deltas, budget, progress)
+
+    rows = []
+    for i, criterion, query, *keys in asked:
+        failed = edits[i].failed
+        before, after = ([read[key] for key in some] for some in keys)
+        if None in before:
+            raise ValueError(f"the probabilities of {lm.name} for {query.prompt!r} are not numbers; use a wider dtype")
+        if None in after:
+            failed, after = "after the edit the probabilities are not numbers", []
+        kept = after[0].top == before[0].top if after else pd.NA
+        told = i, cases[i].request.item, criterion, query.prompt, query.target, query.foil, failed
+        rows.append((*told, *_columns(before), *_columns(after), kept))
+    kinds = {"says": "boolean", "margin": float, "logp": float, "rank": "Int64"}
+    columns = {"case": int} | dict.fromkeys(("item", "criterion", "prompt", "target", "foil", "failed"), str)
+    columns |= {f"{name}_{when}": kind for when in ("before", "after") for name, kind in kinds.items()}
+    columns["kept"] = "boolean"
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+def _columns(found: Sequence[_Read]) -> tuple:
+    """says, margin, logp and rank of what was read for target and foil."""
+    if not found:
+        return pd.NA, math.nan, math.nan, pd.NA
+    margin = found[0].logp - found[1].logp if len(found) > 1 else math.nan
+    return found[0].says, margin, found[0].logp, found[0].rank
+
+
+def _read(
+    lm: LM, keys: Collection[Key], deltas: Mapping[int, Sequence[Delta]], budget: int, progress: bool
+) -> dict[Key, _Read | None]:
+    """What the model gives each word; None where that is not a number."""
+    rows: dict[tuple[int, tuple[int, ...]], list[Encoded]] = {}  # edit and tokens: the words that are read there
+    last: tuple[int, tuple[int, ...]] = -1, ()
+    for place, word in sorted(keys, key=lambda key: (key[0], key[1].ids, key[1].position, key[1].target), reverse=True):
+        # In a causal model the beginning of a row is as good as a row of its own.
+        shared = not lm.spec.masked and last[0] == place and last[1][: len(word.ids)] == word.ids
+        last = last if shared else (place, word.ids)
+        rows.setdefault(last, []).append(word)
+    high = sorted(place for place, some in deltas.items() if sum(len(delta.neurons) for delta in some) > LOW_RANK)
+    found: dict[Key, _Read | None] = {}
+    with tqdm(total=len(rows), desc="ask", unit="prompt", leave=False, disable=not progress) as bar:
+        for whole in (0, *high):  # 0: all edits that go row by row
+            mine = [row for row in rows if (row[0] if row[0] in high else 0) == whole]
+            with edited(lm, *deltas[whole]) if whole else contextlib.nullcontext():
+                for part in _batches(sorted(mine, key=lambda row: len(row[1])), budget):
+                    each = [] if whole else [deltas[place] for place, _ in part]
+                    with edited_rows(lm, each) if any(each) else contextlib.nullcontext():
+                        found |= _run(lm, {row: rows[row] for row in part})
+                    bar.update(len(part))
+    return found
+
+
+def _batches(rows: Sequence[tuple], budget: int) -> Iterator[list[tuple]]:
+    """Rows that rise in length, in lists of at most `budget` positions, and of one row at least."""
+    part: list[tuple] = []
+    for row in rows:
+        if part and (len(part) + 1) * len(row[1]) > budget:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+@torch.no_grad()
+def _run(lm: LM, rows: Mapping[tuple[int, tuple[int, ...]], Sequence[Encoded]]) -> dict[Key, _Read | None]:
+    """One batch. Of the vocabulary only the places that predict a word are computed, each once."""
+    ids, lengths = tokens.pad(lm, [Encoded(ids, 0, ()) for _, ids in rows])
+    real = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
+    hidden = lm.model.base_model(input_ids=ids, attention_mask=real.long()).last_hidden_state
+    keys = [(r, (place, word)) for r, ((place, _), words) in enumerate(rows.items()) for word in words]
+    where: dict[tuple[int, int], int] = {}
+    at = [
+        where.setdefault((r, word.position + k), len(where)) for r, (_, word) in keys for k in range(len(word.target))
+    ]
+    row, position = torch.tensor(list(where), device=lm.device).T
+    logp = lm.readout(hidden[row, position], normed=True).float().log_softmax(-1)
+    lengths = torch.tensor([len(word.target) for _, (_, word) in keys])
+    wanted = torch.tensor([token for _, (_, word) in keys for token in word.target], device=lm.device)
+    own, top = logp[at, wanted], logp.argmax(-1)[at]
+    first = lengths.cumsum(0) - lengths
+    rank = (logp[torch.tensor(at)[first]] > own[first, None]).sum(1)
+    sound = ~logp.isnan().any(-1)[at]
+    parts = (x.cpu().split(lengths.tolist()) for x in (own.double(), top == wanted, sound, top))
+    return {
+        key: _Read(float(p.mean()), bool(hit.all()), r, int(best[0])) if bool(ok.all()) else None
+        for (_, key), p, hit, ok, best, r in zip(keys, *parts, rank.tolist(), strict=True)
+    }
+
+
+def success(table: pd.DataFrame, by: str = "says") -> pd.Series:
+    """Whether each row of `measure` is a success, <NA> where that cannot be told.
+
+    Asked for the new fact (reliability, generality, symmetry, synonymy, other_determiner): the model says the target
+    after the edit. Asked for what is to stay (`CONTROLS`): it said the target before and says it still; where it did
+    not say it before there is nothing to keep, and the row is <NA>. To say is, by
+
+        "says"      every token of the target is the most probable one;
+        "margin"    the target is more probable per token than the foil; <NA> without a foil;
+        "rank"      the target's first token is the most probable one.
+
+    Rows whose edit failed are <NA>. Raises ValueError for another `by`.
+    """
+    before, after = (_said(table, by, when) for when in ("before", "after"))
+    return after.mask(table["criterion"].isin(CONTROLS) & ~before.fillna(False)).rename("success")
+
+
+def _said(table: pd.DataFrame, by: str, when: str) -> pd.Series:
+    if by not in FORMS:
+        raise unknown("form of success", by, FORMS)
+    if by == "says":
+        return table[f"says_{when}"]
+    if by == "rank":
+        return (table[f"rank_{when}"] == 0).astype("boolean")
+    margin = table[f"margin_{when}"]
+    return (margin > 0).astype("boolean").mask(margin.isna())
+
+
+def summary(table: pd.DataFrame, by: str = "says") -> pd.DataFrame:
+    """One row per criterion, in the order of the table; all means are over cases, which weigh alike.
+
+    `cases` that can tell, `failed` cases whose edit did (they count in no other column); `before`, the share of
+    questions that the model answered with the target before the edit; `after`, the share of successes (see `success`)
+    with Wilson's interval from `low` to `high`; `margin_before`, `margin_after` in nats per token.
+    """
+    rows = []
+    for criterion, part in table.assign(success=success(table, by)).groupby("criterion", sort=False):
+        whole = part[part["failed"] == ""]
+        told = whole[whole["success"].notna()]
+        before = _said(whole, by, "before").astype("Float64").groupby(whole["case"]).mean().mean()
+        after = (
+            stats.share(told["success"].tolist(), told["case"].tolist())
+            if len(told)
+            else stats.Estimate(*[math.nan] * 3, 0)
+        )
+        margins = (whole[f"margin_{when}"].groupby(whole["case"]).mean().mean() for when in ("before", "after"))
+        failed = part.loc[part["failed"] != "", "case"].nunique()
+        rows.append((criterion, after.n, failed, before, after.value, after.low, after.high, *margins))
+    names = ["criterion", "cases", "failed", "before", "after", "low", "high", "margin_before", "margin_after"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def generations(
+    lm: LM, prompts: Sequence[str], edits: Sequence[Edit] | None = None, length: int = 40, seed: int | None = 0
+) -> list[str]:
+    """How the model goes on after each prompt under its edit (None: unedited), by `length` tokens.
+
+    Sampled from `seed`, the same random numbers whatever the edits; with seed None the most probable token each time.
+    Special tokens are left out. All rows are one batch. Raises ValueError for a masked model, another number of edits
+    than of prompts, and an edit that failed.
+    """
+    if edits is not None and len(edits) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(edits)} edits; give one edit per prompt")
+    for edit in edits or ():
+        if edit.failed:
+            raise ValueError(f"there is no edit to go on under: {edit.failed}")
+    if lm.spec.masked:
+        raise ValueError(f"{lm.name} is a masked model and cannot go on with a text")
+    contexts = [edit.context for edit in edits] if edits else [""] * len(prompts)
+    ids = [lm.tokenizer(context + prompt)["input_ids"] for context, prompt in zip(contexts, prompts, strict=True)]
+    padded, lengths = tokens.pad(lm, [Encoded(tuple(one), 0, ()) for one in ids])
+    width = padded.shape[1]
+    padded = torch.stack([row.roll(width - n) for row, n in zip(padded, lengths.tolist(), strict=True)])
+    real = torch.arange(width, device=lm.device) >= width - lengths[:, None]
+    deltas = [edit.deltas for edit in edits or ()]
+    with edited_rows(lm, deltas) if any(deltas) else contextlib.nullcontext():
+        more = generate(lm, padded, width + length, seed, real)[:, width:].tolist()
+
+    def decode(some):
+        return lm.tokenizer.decode(some, skip_special_tokens=True)
+
+    return [decode(one + new)[len(decode(one)) :] for one, new in zip(ids, more, strict=True)]
+
+
+def entropy(text: str | Sequence) -> float:
+    """Fluency of a generated text after Meng et al. 2022: the mean of the entropies of its bigrams and its trigrams, in
+    bits, with weights 2/3 and 4/3; low where it repeats itself.
+
+    A text is split at white space; a sequence of tokens is taken as it is. nan for fewer than three.
+    """
+    words = text.split() if isinstance(text, str) else list(text)
+    if len(words) < 3:
+        return math.nan
+    sizes = {n: Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)).values() for n in (2, 3)}
+    two, three = (-sum(c / sum(some) * math.log2(c / sum(some)) for c in some) for some in sizes.values())
+    return (2 / 3 * two + 4 / 3 * three) / 2
