@@ -2,9 +2,9 @@
 
     python benchmarks/tracing.py [--model NAME] [--stride N] [--samples N] [--out FILE]
 
-Prints a table in Markdown. A run of the whole model holds all samples of a cell as one batch; the head reads the last
-token alone, and the clean states are kept from one run. Both ways leave out the tokens before the subject, use the same
-noise and compute the same numbers; the largest difference is in the table.
+Prints a table in Markdown. A run of the whole model is one batch, as in the code of Meng et al. (2022): the clean run in
+the first row, from which states are copied, and the samples in the others. Both ways leave out the tokens before the
+subject, use the same noise and compute the same numbers; the largest difference is in the table.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from kncore import arch, tokens, tracing
 from kncore.tasks import Query
 from kncore.tracing import Restore
 
-# Prompts of 5, 10 and 15 tokens for the default model.
+# Prompts of 5, 10 and 15 tokens for the default model. The earlier the subject, the more there is to run again.
 QUERIES = (
     Query("New Zealand's capital is", "Wellington", "New Zealand", "Oslo"),
-    Query("The Statue of Liberty stands in the harbour of New", "York", "Statue of Liberty", "Delhi"),
+    Query("The capital of the United Kingdom is a city called", "London", "the United Kingdom", "Madrid"),
     Query(
         "The Great Barrier Reef, as every child there learns at school, lies off",
         "Australia",
         "Great Barrier Reef",
         "Iceland",
     ),
+    Query("As far as I know, the capital of New Zealand is a city called", "Wellington", "New Zealand", "Oslo"),
 )
 RESTORES = {"residual stream, one block": Restore(), "MLP, ten blocks": Restore("mlp", 10)}
 
@@ -42,27 +43,18 @@ def whole(lm, query: Query, restore: Restore, noise: torch.Tensor, stride: int) 
     encoded, (first, last) = tokens.encode(lm, query), tokens.span(lm, query)
     ends = [encoded.target[0], tokens.encode(lm, query, query.foil).target[0]]
     where, n = lm.spec.sites[restore.site], len(lm.blocks)
-    clean: list[torch.Tensor] = []
-
-    def logits(rows: int) -> torch.Tensor:
-        ids = torch.tensor([encoded.ids] * rows, device=lm.device)
-        states = lm.model.base_model(input_ids=ids).last_hidden_state
-        return lm.readout(states[:, encoded.position], normed=True).float()
+    ids = torch.tensor([encoded.ids] * (1 + len(noise)), device=lm.device)
 
     def noised(module, args, out):
         out = out.clone()
-        out[:, first : last + 1] += noise
+        out[1:, first : last + 1] += noise
         return out
 
-    def put(x, t: int, depth: int):
+    def put(x, t: int):
         x = x.clone()
-        x[:, t] = clean[depth][:, t]
+        x[1:, t] = x[0, t]
         return x
 
-    with contextlib.ExitStack() as hooks:
-        for block in lm.blocks:
-            hooks.enter_context(arch.at_site(block, where, clean.append))
-        logits(1)
     out = torch.empty(len(encoded.ids) - first, len(range(0, n, stride)), 2)
     hook = lm.model.get_input_embeddings().register_forward_hook(noised)
     try:
@@ -71,8 +63,8 @@ def whole(lm, query: Query, restore: Restore, noise: torch.Tensor, stride: int) 
                 window = range(max(0, block - restore.window // 2), min(n, block + (restore.window + 1) // 2))
                 with contextlib.ExitStack() as hooks:
                     for depth in window:
-                        hooks.enter_context(arch.at_site(lm.blocks[depth], where, partial(put, t=t, depth=depth)))
-                    got = logits(len(noise))
+                        hooks.enter_context(arch.at_site(lm.blocks[depth], where, partial(put, t=t)))
+                    got = lm.model(ids).logits[1:, encoded.position].float()
                 target, foil = got[:, ends].T
                 out[t - first, i, 0] = got.softmax(-1)[:, ends[0]].mean()
                 out[t - first, i, 1] = (target - foil).mean()
@@ -101,7 +93,7 @@ def main() -> None:
     lines = [
         f"*{lm.name}*, {torch.get_num_threads()} threads; {options.samples} samples of noise a cell.",
         "",
-        "| restored | tokens | cells | a run a cell, s | replay, s | ratio | largest difference: P, log-odds |",
+        "| restored | tokens (subject) | cells | a run a cell, s | replay, s | ratio | largest difference: P, log-odds |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for label, restore in RESTORES.items():
@@ -118,7 +110,7 @@ def main() -> None:
             )
             apart = (got.restored[0, got.subject[0] :] - want).abs().amax((0, 1)).tolist()
             lines.append(
-                f"| {label} | {len(got.tokens)} | {want[..., 0].numel()} | {slow:.1f} | {fast:.2f} | {slow / fast:.1f} "
+                f"| {label} | {len(got.tokens)} ({got.subject[0] + 1}–{got.subject[1] + 1}) | {want[..., 0].numel()} | {slow:.1f} | {fast:.2f} | {slow / fast:.1f} "
                 f"| {apart[0]:.0e}, {apart[1]:.0e} |"
             )
     text = "\n".join(lines) + "\n"

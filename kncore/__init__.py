@@ -9,8 +9,10 @@ From the ground floor up; a module imports from the floors below its own only.
    `cases` what is asked after an edit
 5. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons ·
    `effects` of many edits
-6. `claims` rules, records, verdicts · `figures` plots and tables
-7. `pipeline` from notebooks to pages, and the command line `python -m kncore`
+6. `tracing` of causes · `covariance` of keys · `rome`, `memit`, `finetune`: what an edit of weights is
+7. `editors` by name, and their store
+8. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables
+9. `pipeline` from notebooks to pages, and the command line `python -m kncore`
 """
 
 from kncore.attribution import Attribution, attribute

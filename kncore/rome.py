@@ -89,7 +89,7 @@ def search(lm: LM, requests: Sequence[Query], settings: Hyper, seed: int = 0, bu
     """
     if not 0 <= settings.block < len(lm.blocks):
         raise ValueError(f"block {settings.block} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}")
-    asked = [_contexts(request, settings.prefixes, seed) for request in requests]
+    asked = [contexts(request, settings.prefixes, seed) for request in requests]
     found: list[Search | None] = [None] * len(requests)
     encoded = [[(tokens.encode(lm, q, q.foil), tokens.span(lm, q, q.foil)[1]) for q in group] for group in asked]
     sizes = [len(group) * max(len(e.ids) + len(e.target) - at for e, at in group) for group in encoded]
@@ -103,7 +103,7 @@ def search(lm: LM, requests: Sequence[Query], settings: Hyper, seed: int = 0, bu
     return found
 
 
-def _contexts(request: Query, n: int, seed: int) -> list[Query]:
+def contexts(request: Query, n: int, seed: int = 0) -> list[Query]:
     """The request alone, after each of n pieces of prose, and the question what the subject is."""
     if not request.foil:
         raise ValueError(f"the request {request.prompt!r} has no new answer; give it as the foil")

@@ -241,6 +241,27 @@ def separation(first: Sequence[float], second: Sequence[float], seed: int = 0) -
     return Estimate(float(area(one, two)), *_bootstrap((one, two), area, seed), min(len(one), len(two)))
 
 
+def rank_correlation(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence | None = None, seed: int = 0
+) -> Estimate:
+    """Spearman's rank correlation of pairs, with a bootstrap interval (percentile; pairs are resampled).
+
+    With clusters, of their means. A resample in which one side is the same throughout counts as 0. Raises ValueError
+    where that is so of all pairs.
+    """
+    one, two = _pair(first, second, clusters)
+    for name, units in (("first", one), ("second", two)):
+        if not np.ptp(units):
+            raise ValueError(f"the {name} values are all {units[0]:g}, so they have no ranks to correlate")
+
+    def spearman(a, b, axis=-1):
+        x, y = (stats.rankdata(units, axis=axis) - (units.shape[axis] + 1) / 2 for units in (a, b))
+        size = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
+        return np.divide((x * y).sum(axis), size, out=np.zeros_like(size), where=size > 0)
+
+    return Estimate(float(spearman(one, two)), *_bootstrap((one, two), spearman, seed, jointly=True), len(one))
+
+
 def regression(
     outcome: Sequence[float],
     predictors: Mapping[str, Sequence[float]],

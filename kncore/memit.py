@@ -1,0 +1,75 @@
+"""MEMIT: many associations at once, spread over several blocks (Meng et al. 2023, section 4).
+
+What the residual stream must gain at the last token of each subject is searched as in ROME, at the last block of a
+range. Going up the range, each block's value vectors take an equal part of what is still missing, by the least change
+that leaves other keys alone: with keys K [request, neuron], missing parts R [request, hidden] and C = E[k kᵀ],
+
+    W ← W + (λC + KᵀK)⁻¹ Kᵀ R
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kncore import tokens
+from kncore.interventions import Delta, edited
+from kncore.models import LM
+from kncore.replay import capture
+from kncore.tasks import Query
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """`first` to `last` are the blocks that are rewritten; `weight` is λ, how much the other keys count."""
+
+    first: int
+    last: int
+    weight: float = 100.0
+
+
+def memit(
+    lm: LM,
+    asked: Sequence[Sequence[Query]],
+    changes: Float[Tensor, "request hidden"],
+    moments: Sequence[Float[Tensor, "neuron neuron"] | None],
+    settings: Hyper,
+) -> list[Delta]:
+    """One delta per block of the range, of rank len(asked), that writes all requests together.
+
+    `asked`: each request alone and after its prefixes; `changes`: what `rome.search` found for it at block
+    `settings.last`; `moments`: the covariance of every block of the range (None: the identity). Raises ValueError for a masked model, whose blocks do not add up, for a
+    range that does not exist, and for the last block of the model.
+    """
+    if lm.spec.masked:
+        raise ValueError(f"MEMIT adds to a residual stream that is normalised in {lm.name}; use a causal model")
+    if not 0 <= settings.first <= settings.last < len(lm.blocks) - 1:
+        raise ValueError(f"{settings}: blocks rise, from 0 to {len(lm.blocks) - 2}")
+    if len(moments) != settings.last - settings.first + 1:
+        raise ValueError(f"{len(moments)} covariances for blocks {settings.first} to {settings.last}")
+    encoded = [tokens.encode(lm, query) for group in asked for query in group]
+    places = [tokens.span(lm, query)[1] for group in asked for query in group]
+
+    def look(block: int) -> tuple[Tensor, Tensor]:
+        """Keys at a block, over prefixes, and the stream above the range, of the requests alone."""
+        seen = capture(lm, encoded, ("neuron", "residual"), at=places).sites
+        keys = seen["neuron"][block].double().unflatten(0, (len(asked), -1))
+        return keys.mean(1), seen["residual"][settings.last + 1].double().unflatten(0, (len(asked), -1))[:, 0]
+
+    goal = look(settings.first)[1] + changes.double()
+    deltas: list[Delta] = []
+    for block, moment in zip(range(settings.first, settings.last + 1), moments, strict=True):
+        if deltas:
+            with edited(lm, *deltas):
+                keys, now = look(block)
+        else:
+            keys, now = look(block)
+        missing = (goal - now) / (settings.last - block + 1)
+        base = torch.eye(keys.shape[1], dtype=torch.float64, device=lm.device) if moment is None else moment.double()
+        reads = torch.linalg.solve(settings.weight * base + keys.T @ keys, keys.T).T
+        deltas.append(Delta(block, reads.float(), missing.float()))
+    return deltas
