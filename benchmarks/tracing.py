@@ -2,9 +2,9 @@
 
     python benchmarks/tracing.py [--model NAME] [--stride N] [--samples N] [--out FILE]
 
-Prints a table in Markdown. A run of the whole model is one batch, as in the code of Meng et al. (2022): the clean run in
-the first row, from which states are copied, and the samples in the others. Both ways leave out the tokens before the
-subject, use the same noise and compute the same numbers; the largest difference is in the table.
+Prints a table in Markdown. A run of the whole model is one batch, as in the code of Meng et al. (2022): the clean run
+in the first row, from which states are copied, and the samples in the others. Both ways leave out the tokens before the
+subject, use the same noise and compute the same numbers; "apart" is the largest difference.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
     lines = [
         f"*{lm.name}*, {torch.get_num_threads()} threads; {options.samples} samples of noise a cell.",
         "",
-        "| restored | tokens (subject) | cells | a run a cell, s | replay, s | ratio | largest difference: P, log-odds |",
+        "| restored | tokens (subject) | cells | a run a cell, s | replay, s | ratio | apart: P, log-odds |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for label, restore in RESTORES.items():
@@ -109,10 +109,10 @@ def main() -> None:
                 lambda query=query, restore=restore, noise=noise: whole(lm, query, restore, noise, options.stride)
             )
             apart = (got.restored[0, got.subject[0] :] - want).abs().amax((0, 1)).tolist()
-            lines.append(
-                f"| {label} | {len(got.tokens)} ({got.subject[0] + 1}–{got.subject[1] + 1}) | {want[..., 0].numel()} | {slow:.1f} | {fast:.2f} | {slow / fast:.1f} "
-                f"| {apart[0]:.0e}, {apart[1]:.0e} |"
-            )
+            first, last = got.subject
+            prompt = f"{len(got.tokens)} ({first + 1}–{last + 1}) | {want[..., 0].numel()}"
+            times = f"{slow:.1f} | {fast:.2f} | {slow / fast:.1f}"
+            lines.append(f"| {label} | {prompt} | {times} | {apart[0]:.0e}, {apart[1]:.0e} |")
     text = "\n".join(lines) + "\n"
     if options.out:
         options.out.write_text(text, encoding="utf-8")

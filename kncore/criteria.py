@@ -7,6 +7,7 @@ questions under different edits share batches, each row run with its own edit.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from kncore import stats, tokens
@@ -32,6 +35,7 @@ FORMS = ("says", "margin", "rank")
 LOW_RANK = 16  # up to here edits share a batch, row by row; the weights of an edit above are exchanged once
 
 Key = tuple[int, Encoded]  # an edit by its place, counted from 1 (0: none), and a word after its prompt
+Row = tuple[int, tuple[int, ...]]  # an edit and the tokens of a prompt
 
 
 class _Read(NamedTuple):
@@ -67,8 +71,7 @@ def measure(
     @cache
     def words(query: Query, context: str) -> list[Encoded]:
         query = replace(query, prompt=context + query.prompt)
-        found = [tokens.encode(lm, query, word) for word in (query.target, query.foil) if word]
-        return found if lm.spec.masked else [replace(e, ids=e.ids + e.target[:-1]) for e in found]
+        return [tokens.encode(lm, query, word) for word in (query.target, query.foil) if word]
 
     places: dict[int, int] = {}
     deltas: dict[int, Sequence[Delta]] = {0: ()}
@@ -81,7 +84,8 @@ def measure(
                 before = [(0, word) for word in words(query, "")]
                 after = [] if edit.failed else [(place, word) for word in words(query, edit.context)]
                 asked.append((i, criterion, query, before, after))
-    read = _read(lm, {key for *_, before, after in asked for key in before + after}, deltas, budget, progress)
+    keys = dict.fromkeys(key for *_, before, after in asked for key in before + after)
+    read = _read(lm, keys, deltas, budget, progress)
 
     rows = []
     for i, criterion, query, *keys in asked:
@@ -113,13 +117,9 @@ def _read(
     lm: LM, keys: Collection[Key], deltas: Mapping[int, Sequence[Delta]], budget: int, progress: bool
 ) -> dict[Key, _Read | None]:
     """What the model gives each word; None where that is not a number."""
-    rows: dict[tuple[int, tuple[int, ...]], list[Encoded]] = {}  # edit and tokens: the words that are read there
-    last: tuple[int, tuple[int, ...]] = -1, ()
-    for place, word in sorted(keys, key=lambda key: (key[0], key[1].ids, key[1].position, key[1].target), reverse=True):
-        # In a causal model the beginning of a row is as good as a row of its own.
-        shared = not lm.spec.masked and last[0] == place and last[1][: len(word.ids)] == word.ids
-        last = last if shared else (place, word.ids)
-        rows.setdefault(last, []).append(word)
+    rows: dict[Row, list[Encoded]] = {}
+    for place, word in keys:
+        rows.setdefault((place, word.ids), []).append(word)
     high = sorted(place for place, some in deltas.items() if sum(len(delta.neurons) for delta in some) > LOW_RANK)
     found: dict[Key, _Read | None] = {}
     with tqdm(total=len(rows), desc="ask", unit="prompt", leave=False, disable=not progress) as bar:
@@ -127,16 +127,15 @@ def _read(
             mine = [row for row in rows if (row[0] if row[0] in high else 0) == whole]
             with edited(lm, *deltas[whole]) if whole else contextlib.nullcontext():
                 for part in _batches(sorted(mine, key=lambda row: len(row[1])), budget):
-                    each = [] if whole else [deltas[place] for place, _ in part]
-                    with edited_rows(lm, each) if any(each) else contextlib.nullcontext():
-                        found |= _run(lm, {row: rows[row] for row in part})
+                    each = [() if whole else deltas[place] for place, _ in part]
+                    found |= _run(lm, {row: rows[row] for row in part}, each)
                     bar.update(len(part))
     return found
 
 
-def _batches(rows: Sequence[tuple], budget: int) -> Iterator[list[tuple]]:
+def _batches(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
     """Rows that rise in length, in lists of at most `budget` positions, and of one row at least."""
-    part: list[tuple] = []
+    part: list[Row] = []
     for row in rows:
         if part and (len(part) + 1) * len(row[1]) > budget:
             yield part
@@ -147,29 +146,74 @@ def _batches(rows: Sequence[tuple], budget: int) -> Iterator[list[tuple]]:
 
 
 @torch.no_grad()
-def _run(lm: LM, rows: Mapping[tuple[int, tuple[int, ...]], Sequence[Encoded]]) -> dict[Key, _Read | None]:
-    """One batch. Of the vocabulary only the places that predict a word are computed, each once."""
+def _run(lm: LM, rows: Mapping[Row, Sequence[Encoded]], deltas: Sequence[Sequence[Delta]]) -> dict[Key, _Read | None]:
+    """One batch: every prompt once, and only those places of the vocabulary's head that predict a token of a word."""
+    asked = [(r, place, word) for r, ((place, _), words) in enumerate(rows.items()) for word in words]
+    states, at = (_masks if lm.spec.masked else _tails)(lm, [(r, word) for r, _, word in asked], list(rows), deltas)
+    sizes = [len(places) for places in at]
+    at = torch.tensor([place for places in at for place in places], device=lm.device)
+    wanted = torch.tensor([token for *_, word in asked for token in word.target], device=lm.device)
+    logp = lm.readout(states, normed=True).float().log_softmax(-1)
+    own, top, sound = logp[at, wanted], logp.argmax(-1)[at], ~logp.isnan().any(-1)[at]
+    first = torch.tensor(sizes, device=lm.device).cumsum(0) - torch.tensor(sizes, device=lm.device)
+    ranks = (logp[at[first]] > own[first, None]).sum(1).tolist()
+    parts = (x.cpu().split(sizes) for x in (own.double(), top == wanted, top, sound))
+    return {
+        (place, word): _Read(float(p.mean()), bool(hit.all()), rank, int(best[0])) if bool(fine.all()) else None
+        for (_, place, word), rank, p, hit, best, fine in zip(asked, ranks, *parts, strict=True)
+    }
+
+
+def _states(lm: LM, deltas: Sequence[Sequence[Delta]], **batch) -> Float[Tensor, "row token hidden"]:
+    with edited_rows(lm, deltas) if any(deltas) else contextlib.nullcontext():
+        return lm.model.base_model(**batch).last_hidden_state
+
+
+def _masks(
+    lm: LM, asked: Sequence[tuple[int, Encoded]], rows: Sequence[Row], deltas: Sequence[Sequence[Delta]]
+) -> tuple[Float[Tensor, "place hidden"], list[list[int]]]:
+    """States at the masks, and which of them predict the tokens of each word."""
     ids, lengths = tokens.pad(lm, [Encoded(ids, 0, ()) for _, ids in rows])
     real = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
-    hidden = lm.model.base_model(input_ids=ids, attention_mask=real.long()).last_hidden_state
-    keys = [(r, (place, word)) for r, ((place, _), words) in enumerate(rows.items()) for word in words]
-    where: dict[tuple[int, int], int] = {}
-    at = [
-        where.setdefault((r, word.position + k), len(where)) for r, (_, word) in keys for k in range(len(word.target))
-    ]
-    row, position = torch.tensor(list(where), device=lm.device).T
-    logp = lm.readout(hidden[row, position], normed=True).float().log_softmax(-1)
-    lengths = torch.tensor([len(word.target) for _, (_, word) in keys])
-    wanted = torch.tensor([token for _, (_, word) in keys for token in word.target], device=lm.device)
-    own, top = logp[at, wanted], logp.argmax(-1)[at]
-    first = lengths.cumsum(0) - lengths
-    rank = (logp[torch.tensor(at)[first]] > own[first, None]).sum(1)
-    sound = ~logp.isnan().any(-1)[at]
-    parts = (x.cpu().split(lengths.tolist()) for x in (own.double(), top == wanted, sound, top))
-    return {
-        key: _Read(float(p.mean()), bool(hit.all()), r, int(best[0])) if bool(ok.all()) else None
-        for (_, key), p, hit, ok, best, r in zip(keys, *parts, rank.tolist(), strict=True)
-    }
+    states = _states(lm, deltas, input_ids=ids, attention_mask=real.long())
+    places: dict[tuple[int, int], int] = {}
+    at = [[places.setdefault((r, e.position + k), len(places)) for k in range(len(e.target))] for r, e in asked]
+    row, position = torch.tensor(list(places), device=lm.device).T
+    return states[row, position], at
+
+
+def _tails(
+    lm: LM, asked: Sequence[tuple[int, Encoded]], rows: Sequence[Row], deltas: Sequence[Sequence[Delta]]
+) -> tuple[Float[Tensor, "place hidden"], list[list[int]]]:
+    """As `_masks` for causal models: the prompts' last states, then those of the words after them, from the second
+    token on."""
+    from transformers import DynamicCache
+
+    ids, real = _left(lm, [ids for _, ids in rows])
+    past = DynamicCache()
+    options = {"past_key_values": past, "use_cache": True}
+    place = (real.cumsum(1) - 1).clamp_min(0)
+    states = _states(lm, deltas, input_ids=ids, attention_mask=real.long(), position_ids=place, **options)[:, -1]
+    long = [(r, word) for r, word in asked if len(word.target) > 1]
+    if long:
+        which = torch.tensor([r for r, _ in long], device=lm.device)
+        past.batch_select_indices(which)
+        tails, lengths = tokens.pad(lm, [Encoded(word.target[:-1], 0, ()) for _, word in long])
+        seen = torch.cat([real[which], torch.ones_like(tails, dtype=torch.bool)], 1).long()
+        place = seen.cumsum(1)[:, ids.shape[1] :] - 1
+        mine = [deltas[r] for r, _ in long]
+        more = _states(lm, mine, input_ids=tails, attention_mask=seen, position_ids=place, **options)
+        states = torch.cat([states, more[torch.arange(tails.shape[1], device=lm.device) < lengths[:, None]]])
+    free = itertools.count(len(rows))
+    return states, [[r, *itertools.islice(free, len(word.target) - 1)] for r, word in asked]
+
+
+def _left(lm: LM, prompts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "prompt token"], Bool[Tensor, "prompt token"]]:
+    """Token ids padded on the left, and which of them are real."""
+    ids, lengths = tokens.pad(lm, [Encoded(tuple(prompt), 0, ()) for prompt in prompts])
+    width = ids.shape[1]
+    ids = torch.stack([row.roll(width - n) for row, n in zip(ids, lengths.tolist(), strict=True)])
+    return ids, torch.arange(width, device=lm.device) >= width - lengths[:, None]
 
 
 def success(table: pd.DataFrame, by: str = "says") -> pd.Series:
@@ -242,10 +286,8 @@ def generations(
         raise ValueError(f"{lm.name} is a masked model and cannot go on with a text")
     contexts = [edit.context for edit in edits] if edits else [""] * len(prompts)
     ids = [lm.tokenizer(context + prompt)["input_ids"] for context, prompt in zip(contexts, prompts, strict=True)]
-    padded, lengths = tokens.pad(lm, [Encoded(tuple(one), 0, ()) for one in ids])
+    padded, real = _left(lm, ids)
     width = padded.shape[1]
-    padded = torch.stack([row.roll(width - n) for row, n in zip(padded, lengths.tolist(), strict=True)])
-    real = torch.arange(width, device=lm.device) >= width - lengths[:, None]
     deltas = [edit.deltas for edit in edits or ()]
     with edited_rows(lm, deltas) if any(deltas) else contextlib.nullcontext():
         more = generate(lm, padded, width + length, seed, real)[:, width:].tolist()

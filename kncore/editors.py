@@ -79,8 +79,9 @@ def fine_tuning(
     return _stored(lm, requests, ["fine-tuning", asdict(settings)], make, progress)
 
 
-def neuron_edits(lm: LM, requests: Sequence[Query], scale: float = 1.0, progress: bool = False) -> list[Edit]:
-    """The value update of Dai et al. 2022 on the fact's knowledge neurons: old answer out, eight times the new one in.
+def neuron_edits(lm: LM, requests: Sequence[Query], scale: float = 0.1, progress: bool = False) -> list[Edit]:
+    """The value update of Dai et al. 2022 on the fact's knowledge neurons: old answer out, eight times the new one in,
+    both times `scale` (1 as published).
 
     The neurons are the refined ones of the relation's templates, or of the request alone where its relation is unknown.
     Those that are negative where the answer is due are updated with the opposite sign: as published, the update
@@ -116,9 +117,9 @@ def in_context(lm: LM, requests: Sequence[Query], progress: bool = False) -> lis
 def memit_edits(
     lm: LM, requests: Sequence[Query], settings: memit.Hyper | None = None, progress: bool = False
 ) -> list[Edit]:
-    """MEMIT (Meng et al. 2023): all requests at once, over the blocks up to the one above ROME's."""
+    """MEMIT (Meng et al. 2023): all requests at once, over the three blocks up to ROME's."""
     base = rome.hyper(lm)
-    settings = settings or memit.Hyper(max(0, base.block - 1), base.block + 1)
+    settings = settings or memit.Hyper(max(0, base.block - 2), base.block)
     found = _searched(lm, requests, replace(base, block=settings.last), progress)
     usable = [i for i, one in enumerate(found) if not one.failed]
     if not usable:
@@ -175,7 +176,7 @@ def _dump(one: Edit | rome.Search) -> dict[str, torch.Tensor]:
         return {"failed": failed, "numbers": numbers, **states}
     out = {"failed": failed, "blocks": torch.tensor([delta.block for delta in one.deltas], dtype=torch.long)}
     for i, delta in enumerate(one.deltas):
-        out |= {f"neurons{i}": delta.neurons, f"hidden{i}": delta.hidden}
+        out |= {f"neurons{i}": delta.neurons, f"hidden{i}": delta.hidden.clone()}
     return out
 
 

@@ -42,8 +42,8 @@ def memit(
     """One delta per block of the range, of rank len(asked), that writes all requests together.
 
     `asked`: each request alone and after its prefixes; `changes`: what `rome.search` found for it at block
-    `settings.last`; `moments`: the covariance of every block of the range (None: the identity). Raises ValueError for a masked model, whose blocks do not add up, for a
-    range that does not exist, and for the last block of the model.
+    `settings.last`; `moments`: the covariance of every block of the range (None: the identity). Raises ValueError for a
+    masked model, whose blocks do not add up, for a range that does not exist, and for the last block of the model.
     """
     if lm.spec.masked:
         raise ValueError(f"MEMIT adds to a residual stream that is normalised in {lm.name}; use a causal model")

@@ -171,6 +171,13 @@ def known_facts(lm: LM, relation: str, n: int, seed: int = 0, source: str = "own
     return Asked([query for item in kept for query in item], len(known) + len(unknown), len(known), candidates)
 
 
+def known_subjects(lm: LM, relation: str, seed: int = 0) -> list[str]:
+    """The subjects of all facts of a relation (of the project's own) that the model knows, as in `known_facts`."""
+    asked = known_facts(lm, relation, len(tasks.describe(relation).pairs), seed)
+    names = {f"{relation}:{subject}": subject for subject, _ in tasks.describe(relation).pairs}
+    return [names[query.item] for query in asked.queries[: asked.known * TEMPLATES : TEMPLATES]]
+
+
 def _by_item(queries: Sequence[Query], seed: int | None) -> list[list[Query]]:
     """Queries of each item in its first five templates; items with one answer only, shuffled if there is a seed."""
     items: dict[str, dict[str, Query]] = {}

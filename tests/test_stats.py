@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, mannwhitneyu, norm, t, ttest_rel, wilcoxon
+from scipy.stats import binom, mannwhitneyu, norm, spearmanr, t, ttest_rel, wilcoxon
 
 from kncore import stats
 from kncore.stats import Estimate
@@ -738,3 +738,52 @@ def test_regressions_with_too_little_to_go_by_are_refused(words):
         stats.regression([float("inf"), *effect[1:]], predictors)
     with pytest.raises(ValueError, match="rests on one row"):
         stats.regression(effect, {"x": (lemma == 3) * effect}, clusters=lemma)
+
+
+# Rank correlation
+
+
+@settings(deadline=None, max_examples=50)
+@given(PAIRS)
+def test_the_rank_correlation_is_that_of_scipy(pairs):
+    first, second = zip(*pairs, strict=True)
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        with pytest.raises(ValueError, match="no ranks to correlate"):
+            stats.rank_correlation(first, second)
+        return
+    found = stats.rank_correlation(first, second)
+    assert found.value == pytest.approx(spearmanr(first, second).statistic, abs=1e-9) and found.n == len(pairs)
+    assert -1 - 1e-9 <= found.low <= found.high <= 1 + 1e-9
+    assert stats.rank_correlation(first, second, seed=0) == found
+
+
+def test_the_interval_of_a_rank_correlation_is_that_of_resampled_pairs(quick):
+    rng = np.random.default_rng(5)
+    first = rng.normal(size=25)
+    second = first + rng.normal(size=25)
+    found = stats.rank_correlation(first, second)
+    draws = rng.integers(25, size=(4000, 25))
+    low, high = np.quantile([spearmanr(first[d], second[d]).statistic for d in draws], [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.06)
+    assert found.high - found.low < 0.9
+    flags = second > 0  # with ties, as successes have them
+    assert stats.rank_correlation(first, flags).value == pytest.approx(spearmanr(first, flags).statistic)
+
+
+def test_the_rank_correlation_of_clusters_is_that_of_their_means():
+    first, second, items = [1, 3, 5, 5, 0, 0], [0, 1, 4, 6, 9, 9], list("aabbcc")
+    assert stats.rank_correlation(first, second, items) == stats.rank_correlation([2, 5, 0], [0.5, 5, 9])
+
+
+def test_a_resample_of_equal_values_counts_as_no_correlation():
+    found = stats.rank_correlation([0, 0, 0, 0, 1], [0, 0, 0, 0, 1])
+    assert found.value == pytest.approx(1) and (found.low, found.high) == (0, pytest.approx(1))
+
+
+def test_rank_correlations_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="the second values are all 2, so they have no ranks"):
+        stats.rank_correlation([1, 2, 3], [2, 2, 2])
+    with pytest.raises(ValueError, match="3 values cannot be paired with 2"):
+        stats.rank_correlation([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="1 of 3 values are not finite"):
+        stats.rank_correlation([1, 2, math.nan], [1, 2, 3])

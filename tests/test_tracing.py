@@ -247,6 +247,21 @@ def test_severing_matters_above_what_is_restored_and_not_below(family):
     torch.testing.assert_close(got.restored[0, at, 2], got.restored[1, at, 2], **close)
 
 
+@on_all_families
+def test_the_ends_are_the_last_token_of_the_subject_and_the_one_that_predicts_as_in_the_whole_trace(family):
+    lm = MODELS[family]
+    query = ask(lm)
+    (every,), (got,) = (trace(lm, [query], RESTORES[:4], where=where) for where in ("all", "ends"))
+    begin, end = every.subject
+    ends = [end, tokens.encode(lm, query).position]
+    torch.testing.assert_close(got.restored[:, ends], every.restored[:, ends], **close)
+    assert torch.equal(got.corrupted, every.corrupted) and torch.equal(got.clean, every.clean)
+    lowest = 0 if lm.spec.masked else begin
+    untold = [t for t in range(len(got.tokens)) if t not in ends and t >= lowest]
+    assert begin in untold and got.restored[:, untold].isnan().all()  # not computed, and not to be taken for numbers
+    assert torch.equal(got.restored[:, :lowest], every.restored[:, :lowest])
+
+
 # Corruption
 
 
@@ -426,6 +441,7 @@ def test_whatever_decides_a_trace_is_in_its_name(runs):
         {"samples": 2},
         {"seed": 1},
         {"stride": 2},
+        {"where": "ends"},
         {"restores": [Restore("mlp")]},
         {"restores": [Restore(window=2)]},
         {"restores": [Restore(sever="mlp")]},
@@ -513,6 +529,7 @@ def test_a_changed_model_is_traced_as_it_is_and_not_stored():
         ({"noise": None}, "noise must be positive"),
         ({"noise": float("nan")}, "noise must be positive"),
         ({"samples": 0}, "samples at least 1"),
+        ({"where": "subject"}, "unknown tokens 'subject'.*'all' or 'ends'"),
         ({"stride": 0}, "stride is a number of blocks, 1 to 3"),
         ({"stride": 4}, "stride is a number of blocks, 1 to 3"),
         ({"others": []}, "1 queries but 0 others"),
