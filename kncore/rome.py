@@ -201,7 +201,7 @@ def _losses(
     last = torch.arange(each - 1, len(rows), each, device=lm.device)
     now = lm.readout(out[last, captured.target[rows[last]]]).float().log_softmax(-1)
     reference = essence[active]
-    return losses, (reference.exp() * (reference - now)).sum(1)
+    return losses, (now.exp() * (now - reference)).sum(1)
 
 
 def delta(found: Search, covariance: Float[Tensor, "neuron neuron"] | None, block: int) -> Delta:

@@ -208,13 +208,21 @@ def test_every_question_is_run_once_in_batches_within_the_budget(monkeypatch, fa
     assert all(rows == 1 or rows * width <= 30 for rows, width in shapes) and max(shapes)[0] > 1
 
 
-def test_low_and_high_rank_give_the_same_numbers(monkeypatch):
+def test_edits_row_by_row_and_one_at_a_time_give_the_same_numbers(monkeypatch):
     lm = MODELS["gpt2"]
     cases, edits = some_cases(False), some_edits()
-    want = measure(lm, cases, edits)
-    for rank in (0, 1000):
-        monkeypatch.setattr(criteria, "LOW_RANK", rank)
+    want, run = measure(lm, cases, edits), criteria._states
+    for limit, highest in ((0, 0), (criteria.LOW_RANK, 4), (1000, 20)):
+        ranks = []
+
+        def watch(lm, deltas, ranks=ranks, **batch):
+            ranks += [sum(len(delta.neurons) for delta in some) for some in deltas]
+            return run(lm, deltas, **batch)
+
+        monkeypatch.setattr(criteria, "_states", watch)
+        monkeypatch.setattr(criteria, "LOW_RANK", limit)
         pd.testing.assert_frame_equal(measure(lm, cases, edits), want, rtol=0, atol=5e-5)
+        assert max(ranks) == highest  # what goes row by row
 
 
 # What is missing stays missing

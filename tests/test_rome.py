@@ -1,0 +1,312 @@
+"""ROME against the equation in numpy, and its search against one that runs the whole model for every prompt."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kncore import rome
+from kncore.interventions import edited
+from kncore.models import LM, _state
+from kncore.rome import Hyper, Search, delta, search
+from kncore.tasks import Query
+
+MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
+WEIGHTS = {family: [p.clone() for p in lm.model.parameters()] for family, lm in MODELS.items()}
+on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
+QUICK = Hyper(1, steps=4, prefixes=2, stop=0.0)
+EXTRA = [{}, {"kl": 5.0, "lr": 1.0, "clamp": 50.0}, {"decay": 40.0}, {"clamp": 0.3}, {"prefixes": 0, "block": 0}]
+
+
+@pytest.fixture(autouse=True)
+def models_stay_as_they_were():
+    """Bit for bit and without hooks, after every test."""
+    yield
+    for family, lm in MODELS.items():
+        assert not lm.touched
+        assert all(torch.equal(p, was) for p, was in zip(lm.model.parameters(), WEIGHTS[family], strict=True))
+
+
+def request(lm, text="the capital of {} is", subject="red France", target="Paris", new="Madrid") -> Query:
+    text += " [MASK] ." if lm.spec.masked else ""
+    return Query(text.replace("{}", subject), target, subject, new, template=text)
+
+
+def several(lm) -> list[Query]:
+    """Of several lengths, places of the subject and lengths of the new answer; one subject occurs twice."""
+    return [
+        request(lm),
+        request(lm, "{} is in", "Spain", "Madrid", "red cats"),
+        request(lm, "Anna saw these books , the cats . in {} is the", "France", "Paris", "Spain"),
+        request(lm, "the cats of Anna and {} is", "Anna", "Paris", "book of France"),
+    ]
+
+
+def slow_search(lm, query, hyper):
+    """The search as its equations say, one prompt and one run of the whole model at a time."""
+    *prompts, essence = rome.contexts(query, hyper.prefixes)
+    asked = [whole.ask(lm, prompt, query.foil) for prompt in prompts]
+    last = whole.ask(lm, essence, query.foil)
+    last = last if lm.spec.masked else whole.ask(lm, essence, "Paris")  # nothing follows "is a"
+    with torch.no_grad():
+        value = whole.run(lm, asked[0], hyper.block)[2]
+        reference = whole.run(lm, last, hyper.block)[0][last.places[0]].log_softmax(-1)
+    change = torch.zeros_like(value, requires_grad=True)
+    optimiser = torch.optim.Adam([change], lr=hyper.lr)
+    losses = []
+    for step in range(hyper.steps + 1):
+        loss = sum(whole.loss(lm, one, hyper.block, change) for one in asked) / len(asked)
+        losses.append(float(loss.detach()))
+        if step == hyper.steps or losses[-1] < hyper.stop:
+            break
+        now = whole.run(lm, last, hyper.block, change)[0][last.places[0]].log_softmax(-1)
+        drift = (now.exp() * (now - reference)).sum()
+        total = loss + hyper.kl * drift
+        if step:
+            total = total + hyper.decay * change.norm() / value.norm() ** 2
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+        with torch.no_grad():
+            if change.norm() > hyper.clamp * value.norm():
+                change *= hyper.clamp * value.norm() / change.norm()
+    return change.detach(), losses
+
+
+# The search
+
+
+@on_all_families
+def test_key_and_value_are_what_a_hook_reads_on_the_unedited_model(family):
+    lm = MODELS[family]
+    for query, found in zip(several(lm), search(lm, several(lm), QUICK), strict=True):
+        prompts = rome.contexts(query, QUICK.prefixes)[:-1]
+        with torch.no_grad():
+            seen = [whole.run(lm, whole.ask(lm, prompt, query.foil), QUICK.block) for prompt in prompts]
+        torch.testing.assert_close(found.key, seen[0][1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.value, seen[0][2], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.mean_key, sum(one[1] for one in seen) / 3, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("extra", EXTRA, ids=str)
+@on_all_families
+def test_the_search_is_that_of_the_equations_on_the_whole_model(family, extra):
+    lm, hyper = MODELS[family], replace(QUICK, **{"lr": 0.1, **extra})
+    for query, found in zip(several(lm)[::2], search(lm, several(lm)[::2], hyper), strict=True):
+        change, losses = slow_search(lm, query, hyper)
+        torch.testing.assert_close(found.change, change, atol=2e-3, rtol=2e-3)
+        assert found.steps == hyper.steps and not found.failed
+        assert found.before == pytest.approx(np.exp(-losses[0]), rel=1e-3)
+        assert found.probability == pytest.approx(np.exp(-losses[-1]), rel=1e-2, abs=1e-6)
+
+
+@on_all_families
+def test_a_batch_of_requests_is_each_alone(family):
+    lm = MODELS[family]
+    together = search(lm, several(lm), QUICK)
+    narrow = search(lm, several(lm), QUICK, budget=1)
+    for query, one, other in zip(several(lm), together, narrow, strict=True):
+        (alone,) = search(lm, [query], QUICK)
+        for found in (one, other):
+            torch.testing.assert_close(found.change, alone.change, atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(found.mean_key, alone.mean_key, atol=1e-5, rtol=1e-4)
+            assert found.steps == alone.steps
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_the_search_lowers_the_loss_and_stops_once_the_answer_is_likely(family):
+    lm, hyper = MODELS[family], replace(QUICK, steps=60, stop=0.4, lr=0.3, clamp=50.0, kl=0.0, prefixes=1)
+    ended = 0
+    for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
+        assert found.probability > found.before
+        if found.steps < hyper.steps:
+            ended += 1
+            assert found.probability > np.exp(-hyper.stop)
+            shorter = search(lm, [query], replace(hyper, steps=found.steps - 1))[0]
+            assert shorter.probability < np.exp(-hyper.stop)
+    assert ended
+
+
+def test_a_change_stays_within_the_clamp():
+    lm = MODELS["gpt2"]
+    for clamp in (0.05, 1.0):
+        for found in search(lm, several(lm), replace(QUICK, clamp=clamp, lr=5.0)):
+            assert found.change.norm() <= clamp * found.value.norm() * (1 + 1e-5)
+
+
+def test_an_answer_that_is_given_already_is_a_failure_of_that_item():
+    lm = MODELS["llama"]
+    losses = [
+        float(sum(whole.loss(lm, whole.ask(lm, p, q.foil)) for p in rome.contexts(q, 2)[:-1]).detach()) / 3
+        for q in several(lm)
+    ]
+    between = sum(sorted(losses)[:2]) / 2
+    found = search(lm, several(lm), replace(QUICK, stop=between))
+    assert [bool(one.failed) for one in found] == [loss < between for loss in losses]
+    assert sum(bool(one.failed) for one in found) == 1
+    assert "already" in max(one.failed for one in found)
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("nan")])
+def test_a_search_that_diverges_is_a_failure_not_a_number(rate):
+    (found,) = search(MODELS["gpt2"], [request(MODELS["gpt2"])], replace(QUICK, lr=rate))
+    assert "diverged after 1 steps" in found.failed
+
+
+def test_one_request_that_diverges_leaves_the_others_as_they_are():
+    lm = tiny.lm("llama")
+    want = search(lm, several(lm), QUICK)
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[lm.tokenizer.get_vocab()["Spain"]] = float("nan")
+    got = search(lm, several(lm), QUICK)
+    assert [bool(one.failed) for one in got] == [False, True, False, False]
+    for one, other in zip(got, want, strict=True):
+        if not one.failed:
+            torch.testing.assert_close(one.change, other.change, atol=2e-3, rtol=2e-3)
+
+
+def test_prefixes_are_drawn_by_seed_and_end_before_the_request():
+    query = request(MODELS["llama"])
+    first = rome.contexts(query, 5)
+    assert first == rome.contexts(query, 5) != rome.contexts(query, 5, seed=1)
+    assert first[0] == query and len({one.prompt for one in first}) == 7
+    assert all(one.prompt.endswith(". " + query.prompt) for one in first[1:-1])
+    assert first[-1].prompt == "red France is a"
+    assert rome.contexts(request(MODELS["bert"]), 0)[-1].prompt == "red France is a [MASK]."
+
+
+def test_wrong_requests_and_blocks_are_refused():
+    lm = MODELS["llama"]
+    with pytest.raises(ValueError, match="no new answer; give it as the foil"):
+        search(lm, [replace(request(lm), foil="")], QUICK)
+    with pytest.raises(ValueError, match="has no subject"):
+        search(lm, [replace(request(lm), subject="")], QUICK)
+    with pytest.raises(ValueError, match="target and foil are the same"):
+        request(lm, new="Paris")
+    with pytest.raises(ValueError, match="does not occur"):
+        replace(request(lm), subject="Madrid")
+    for block in (-1, 3):
+        with pytest.raises(ValueError, match="tiny-llama has blocks 0 to 2"):
+            search(lm, [request(lm)], replace(QUICK, block=block))
+
+
+def test_models_have_their_hyperparameters():
+    assert rome.hyper(replace(MODELS["llama"], name="gpt2-xl")) == Hyper(17)
+    assert rome.hyper(replace(MODELS["llama"], name="llama-2-7b")).decay == 1e-3
+    assert rome.hyper(MODELS["llama"]).covariance == "samples" and rome.hyper(MODELS["bert"]).covariance == "text"
+
+
+# The change
+
+
+def moment(n: int, seed: int = 0):
+    rows = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (rows * torch.linspace(0.1, 3, n, dtype=torch.float64)).T @ rows / (3 * n)
+
+
+@pytest.mark.parametrize("with_moment", [True, False])
+@pytest.mark.parametrize("prefixes", [0, 3])
+@on_all_families
+def test_the_edited_model_has_v_star_under_the_key(family, prefixes, with_moment):
+    lm = MODELS[family]
+    hyper = replace(QUICK, prefixes=prefixes, lr=0.1)
+    for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
+        one = delta(found, moment(lm.n_neurons) if with_moment else None, hyper.block)
+        assert one.neurons.shape == (1, 24) and one.hidden.shape == (1, 16)
+        asked = whole.ask(lm, query, query.foil)
+        with torch.no_grad():
+            _, key, value = whole.run(lm, asked, hyper.block)
+            wanted = value + found.change
+            made = (whole.vectors(lm, hyper.block) + one.neurons.T @ one.hidden).T @ key
+            bias = value - whole.vectors(lm, hyper.block).T @ key
+            torch.testing.assert_close(made + bias, wanted, atol=1e-4, rtol=1e-4)
+            with edited(lm, one):
+                torch.testing.assert_close(whole.run(lm, asked, hyper.block)[2], wanted, atol=1e-4, rtol=1e-4)
+
+
+@on_all_families
+def test_the_answer_of_the_edited_model_is_what_the_search_found(family):
+    lm, hyper = MODELS[family], replace(QUICK, prefixes=0, lr=0.2)
+    for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
+        twice = query.prompt.split().count(query.subject) > 1  # its first occurrence may have a key alike
+        if family not in ("bert", "roberta") and not twice:
+            with edited(lm, delta(found, moment(lm.n_neurons), hyper.block)), torch.no_grad():
+                loss = whole.loss(lm, whole.ask(lm, query, query.foil))
+            before = float(whole.loss(lm, whole.ask(lm, query, query.foil)).detach())
+            assert found.before == pytest.approx(np.exp(-before), rel=1e-4)
+            assert float(loss) < before
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_the_change_is_the_closed_form_in_numpy(seed, same):
+    rng = np.random.default_rng(seed)
+    c, k, d = rng.normal(size=(20, 7)), rng.normal(size=7), rng.normal(size=5)
+    mean = k if same else k + 0.1 * rng.normal(size=7)
+    c = c.T @ c / 20
+    one = delta(made(k, mean, d), torch.tensor(c), 2)
+    u = np.linalg.inv(c) @ mean
+    np.testing.assert_allclose(matrix(one), np.outer(u, d) / (k @ u), rtol=1e-3, atol=1e-5)
+    assert np.linalg.matrix_rank(matrix(one), tol=1e-5) == 1 and one.block == 2
+    np.testing.assert_allclose(matrix(delta(made(k, mean, d), None, 0)), np.outer(mean, d) / (k @ mean), rtol=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_no_other_change_that_stores_the_value_moves_the_other_keys_less(seed):
+    rng = np.random.default_rng(seed)
+    others, k, d = rng.normal(size=(20, 7)) * np.linspace(0.1, 2, 7), rng.normal(size=7), rng.normal(size=5)
+    best = matrix(delta(made(k, k, d), torch.tensor(others.T @ others / 20), 0))
+    free = rng.normal(size=(7, 5))
+    free -= np.outer(k, k @ free) / (k @ k)  # gives nothing at k
+    plain = matrix(delta(made(k, k, d), None, 0))
+    for change in (best + free, best + 0.01 * free, plain):
+        np.testing.assert_allclose(k @ change, d, rtol=1e-3, atol=1e-4)
+        assert np.linalg.norm(others @ best) <= np.linalg.norm(others @ change) * (1 + 1e-4)
+
+
+def made(key, mean, change) -> Search:
+    key, mean, change = (torch.tensor(x, dtype=torch.float32) for x in (key, mean, change))
+    return Search(key, mean, torch.zeros_like(change), change, 1, 0.1, 0.9)
+
+
+def matrix(one):
+    return (one.neurons.double().T @ one.hidden.double()).numpy()
+
+
+def test_a_singular_covariance_is_refused():
+    found = made(np.ones(7), np.ones(7), np.ones(5))
+    for rank in (0, 3, 6):
+        rows = torch.randn(rank, 7, dtype=torch.float64)
+        with pytest.raises(ValueError, match="7 neurons is singular: too little text"):
+            delta(found, rows.T @ rows, 0)
+    with pytest.raises(ValueError, match="singular"):
+        delta(found, torch.full((7, 7), float("nan")), 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_an_edit_inside_an_edit_is_that_of_the_edited_model(family):
+    lm = MODELS[family]
+    first, second = several(lm)[:2]
+    hyper = replace(QUICK, lr=0.1)
+    one = delta(search(lm, [first], hyper)[0], None, hyper.block)
+    fresh = tiny.lm(family)
+    with torch.no_grad():
+        whole.vectors(fresh, hyper.block).add_(one.neurons.T @ one.hidden)
+    written = LM(fresh.name, "written", fresh.model, fresh.tokenizer, fresh.spec, _state(fresh.model))
+    with edited(lm, one):
+        inside = search(lm, [second], hyper)[0]
+    (want,) = search(written, [second], hyper)
+    torch.testing.assert_close(inside.value, want.value, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(inside.change, want.change, atol=2e-3, rtol=2e-3)
+    other = delta(want, None, hyper.block)
+    asked = whole.ask(lm, second, second.foil)
+    with torch.no_grad(), edited(lm, one, other):
+        torch.testing.assert_close(
+            whole.run(lm, asked, hyper.block)[2], want.value + want.change, atol=1e-4, rtol=1e-4
+        )
