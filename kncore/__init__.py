@@ -8,8 +8,8 @@ From the ground floor up; a module imports from the floors below its own only.
 4. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores ·
    `cases` what is asked after an edit
 5. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons ·
-   `effects` of many edits
-6. `tracing` of causes · `covariance` of keys · `rome`, `memit`, `finetune`: what an edit of weights is
+   `effects` of many edits · `covariance` of keys
+6. `tracing` of causes · `rome`, `memit`, `finetune`: what an edit of weights is
 7. `editors` by name, and their store
 8. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables
 9. `pipeline` from notebooks to pages, and the command line `python -m kncore`

@@ -52,7 +52,7 @@ def covariance(
 
 
 def _read(lm: LM, source: str) -> list[list[int]]:
-    """Token ids of the passages, or of a folder's text, in pieces of at most LENGTH."""
+    """Token ids of the passages, or of a folder's text, in pieces of at most LENGTH and of what the model can read."""
     if source == "text":
         texts = words.passages()
     else:
@@ -63,7 +63,12 @@ def _read(lm: LM, source: str) -> list[list[int]]:
             )
         texts = [path.read_text(encoding="utf-8") for path in paths]
     whole = [lm.tokenizer(text, add_special_tokens=lm.spec.masked, truncation=False)["input_ids"] for text in texts]
-    return [piece for ids in whole for i in range(0, len(ids), LENGTH) if len(piece := ids[i : i + LENGTH]) > 1]
+    length = _length(lm)
+    return [piece for ids in whole for i in range(0, len(ids), length) if len(piece := ids[i : i + length]) > 1]
+
+
+def _length(lm: LM) -> int:
+    return min(LENGTH, tokens.longest(lm) or LENGTH)
 
 
 def _sampled(lm: LM, seed: int, folder: Path | None) -> list[list[int]]:
@@ -71,10 +76,10 @@ def _sampled(lm: LM, seed: int, folder: Path | None) -> list[list[int]]:
     if lm.spec.masked:
         raise ValueError(f"{lm.name} is a masked model and cannot go on with a text; use covariance 'text' or a folder")
     starts = [lm.tokenizer(text)["input_ids"][:START] for text in words.passages()[:SAMPLES]]
-    key = cache.name(lm, {"samples": starts, "length": LENGTH, "seed": seed}, CODE)
+    key = cache.name(lm, {"samples": starts, "length": _length(lm), "seed": seed}, CODE)
     found = cache.read(folder, key) if folder else None
     if found is None:
-        found = {"ids": generate(lm, torch.tensor(starts, device=lm.device), LENGTH, seed)}
+        found = {"ids": generate(lm, torch.tensor(starts, device=lm.device), _length(lm), seed)}
         if folder:
             cache.write(folder, key, found)
     return found["ids"].tolist()
@@ -87,21 +92,46 @@ def _moment(lm: LM, block: int, ids: Sequence[Sequence[int]], batch: int = 16) -
         part = [tokens.Encoded(tuple(one), 0, ()) for one in ids[i : i + batch]]
         padded, lengths = tokens.pad(lm, part)
         real = torch.arange(padded.shape[1], device=lm.device) < lengths[:, None]
-        seen: list[Tensor] = []
-
-        def see(x, seen=seen):
-            seen.append(x)
-            raise _Reached
-
-        try:
-            with torch.no_grad(), arch.at_site(lm.blocks[block], lm.spec.sites["neuron"], see):
-                lm.model.base_model(input_ids=padded, attention_mask=real.long())
-        except _Reached:
-            pass
-        keys = seen[0][real].float()
+        keys = reached(lm, padded, real, block)[real].float()
         total += (keys.T @ keys).double()
         count += len(keys)
     return total / count
+
+
+def reached(
+    lm: LM, ids: Int[Tensor, "prompt token"], real: Bool[Tensor, "prompt token"], block: int, site: str = "neuron"
+) -> Float[Tensor, "prompt token width"]:
+    """What a site of one block has, at every token of padded prompts; nothing above it is run."""
+    seen: list[Tensor] = []
+
+    def see(x):
+        seen.append(x)
+        raise _Reached
+
+    try:
+        with torch.no_grad(), arch.at_site(lm.blocks[block], lm.spec.sites[site], see):
+            lm.model.base_model(input_ids=ids, attention_mask=real.long())
+    except _Reached:
+        pass
+    return seen[0]
+
+
+def solve(
+    moment: Float[Tensor, "neuron neuron"] | None, keys: Float[Tensor, "key neuron"]
+) -> Float[Tensor, "key neuron"]:
+    """C⁻¹k of each key, in float64; the keys themselves where there is no moment.
+
+    Raises ValueError for a moment that is singular, or nearly.
+    """
+    if moment is None:
+        return keys.double()
+    factor, info = torch.linalg.cholesky_ex(moment.double())
+    if bool(info) or not bool((factor.diagonal() > 1e-7 * factor.diagonal().max()).all()):
+        raise ValueError(
+            f"the covariance of {len(moment)} neurons is singular: too little text. Give more of it, or use "
+            "covariance='identity'"
+        )
+    return torch.cholesky_solve(keys.double().T, factor).T
 
 
 @torch.no_grad()

@@ -55,10 +55,14 @@ def rome_edits(
     """ROME (Meng et al. 2022); by default with the model's own hyperparameters."""
     settings = settings or rome.hyper(lm)
     moment = covariance(lm, settings.block, settings.covariance)
-    return [
-        Edit(failed=found.failed) if found.failed else Edit((rome.delta(found, moment, settings.block),))
-        for found in _searched(lm, requests, settings, progress)
-    ]
+
+    def write(found: rome.Search) -> Edit:
+        try:
+            return Edit(failed=found.failed) if found.failed else Edit((rome.delta(found, moment, settings.block),))
+        except ValueError as error:
+            return Edit(failed=str(error))
+
+    return [write(found) for found in _searched(lm, requests, settings, progress)]
 
 
 def rome_identity(lm: LM, requests: Sequence[Query], progress: bool = False) -> list[Edit]:
@@ -109,6 +113,7 @@ def _neuron_edit(lm: LM, request: Query, scale: float) -> Edit:
 
 def in_context(lm: LM, requests: Sequence[Query], progress: bool = False) -> list[Edit]:
     """The new fact stated before the prompt; no weight changes."""
+    _check(requests)
     return [
         Edit(context=f"{r.prompt.replace(MASK, r.foil)} " if r.masked else f"{r.prompt} {r.foil}. ") for r in requests
     ]
@@ -120,6 +125,7 @@ def memit_edits(
     """MEMIT (Meng et al. 2023): all requests at once, over the three blocks up to ROME's."""
     base = rome.hyper(lm)
     settings = settings or memit.Hyper(max(0, base.block - 2), base.block)
+    memit.check(lm, settings)
     found = _searched(lm, requests, replace(base, block=settings.last), progress)
     usable = [i for i, one in enumerate(found) if not one.failed]
     if not usable:
@@ -127,7 +133,10 @@ def memit_edits(
     moments = [covariance(lm, block, base.covariance) for block in range(settings.first, settings.last + 1)]
     asked = [rome.contexts(requests[i], base.prefixes)[:-1] for i in usable]
     changes = torch.stack([found[i].change for i in usable])
-    whole = Edit(tuple(memit.memit(lm, asked, changes, moments, settings)))
+    try:
+        whole = Edit(tuple(memit.memit(lm, asked, changes, moments, settings)))
+    except ValueError as error:
+        whole = Edit(failed=str(error))
     return [Edit(failed=one.failed) if one.failed else whole for one in found]
 
 
@@ -151,8 +160,15 @@ def _searched(lm: LM, requests: Sequence[Query], settings: rome.Hyper, progress:
     return _stored(lm, requests, told, make, progress)
 
 
+def _check(requests: Sequence[Query]) -> None:
+    for request in requests:
+        if not request.foil:
+            raise ValueError(f"the request {request.prompt!r} has no new answer; give it as the foil")
+
+
 def _stored(lm: LM, requests: Sequence[Query], told: list, make: Callable, progress: bool) -> list:
     """What `make` gives for each request, from the store where it is there; written batch by batch."""
+    _check(requests)
     folder = None if lm.touched else cache.scores_folder()
     keys = [cache.name(lm, {"edit": told, "request": list(asdict(request).values())}, CODE) for request in requests]
     found = [_load(cache.read(folder, key), lm.device) if folder else None for key in keys]

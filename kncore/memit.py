@@ -9,6 +9,7 @@ that leaves other keys alone: with keys K [request, neuron], missing parts R [re
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kncore import tokens
+from kncore.covariance import reached, solve
 from kncore.interventions import Delta, edited
 from kncore.models import LM
-from kncore.replay import capture
 from kncore.tasks import Query
+
+BATCH = 64  # prompts that are run together
 
 
 @dataclass(frozen=True)
@@ -42,34 +45,40 @@ def memit(
     """One delta per block of the range, of rank len(asked), that writes all requests together.
 
     `asked`: each request alone and after its prefixes; `changes`: what `rome.search` found for it at block
-    `settings.last`; `moments`: the covariance of every block of the range (None: the identity). Raises ValueError for a
-    masked model, whose blocks do not add up, for a range that does not exist, and for the last block of the model.
+    `settings.last`; `moments`: the covariance of every block of the range (None: the identity). Raises ValueError as
+    `check` does, and where λC + KᵀK is singular.
     """
-    if lm.spec.masked:
-        raise ValueError(f"MEMIT adds to a residual stream that is normalised in {lm.name}; use a causal model")
-    if not 0 <= settings.first <= settings.last < len(lm.blocks) - 1:
-        raise ValueError(f"{settings}: blocks rise, from 0 to {len(lm.blocks) - 2}")
+    check(lm, settings)
     if len(moments) != settings.last - settings.first + 1:
         raise ValueError(f"{len(moments)} covariances for blocks {settings.first} to {settings.last}")
     encoded = [tokens.encode(lm, query) for group in asked for query in group]
     places = [tokens.span(lm, query)[1] for group in asked for query in group]
 
-    def look(block: int) -> tuple[Tensor, Tensor]:
-        """Keys at a block, over prefixes, and the stream above the range, of the requests alone."""
-        seen = capture(lm, encoded, ("neuron", "residual"), at=places).sites
-        keys = seen["neuron"][block].double().unflatten(0, (len(asked), -1))
-        return keys.mean(1), seen["residual"][settings.last + 1].double().unflatten(0, (len(asked), -1))[:, 0]
+    def look(block: int, site: str) -> Float[Tensor, "request prompt width"]:
+        parts = []
+        for i in range(0, len(encoded), BATCH):
+            ids, lengths = tokens.pad(lm, encoded[i : i + BATCH])
+            real = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
+            parts.append(reached(lm, ids, real, block, site)[range(len(ids)), places[i : i + BATCH]].double())
+        return torch.cat(parts).unflatten(0, (len(asked), -1))
 
-    goal = look(settings.first)[1] + changes.double()
+    goal = look(settings.last + 1, "residual")[:, 0] + changes.double()
     deltas: list[Delta] = []
     for block, moment in zip(range(settings.first, settings.last + 1), moments, strict=True):
-        if deltas:
-            with edited(lm, *deltas):
-                keys, now = look(block)
-        else:
-            keys, now = look(block)
+        with edited(lm, *deltas) if deltas else contextlib.nullcontext():
+            keys = look(block, "neuron").mean(1)
+            now = look(settings.last + 1, "residual")[:, 0]
         missing = (goal - now) / (settings.last - block + 1)
         base = torch.eye(keys.shape[1], dtype=torch.float64, device=lm.device) if moment is None else moment.double()
-        reads = torch.linalg.solve(settings.weight * base + keys.T @ keys, keys.T).T
+        reads = solve(settings.weight * base + keys.T @ keys, keys)
         deltas.append(Delta(block, reads.float(), missing.float()))
     return deltas
+
+
+def check(lm: LM, settings: Hyper) -> None:
+    """Raise ValueError unless the model can be edited so: not a masked one, whose stream is normalised after every
+    addition, and not at its last block."""
+    if lm.spec.masked:
+        raise ValueError(f"MEMIT adds to a residual stream that is normalised in {lm.name}; use a causal model")
+    if not 0 <= settings.first <= settings.last < len(lm.blocks) - 1:
+        raise ValueError(f"{settings}: blocks rise, from 0 to {len(lm.blocks) - 2}")

@@ -178,6 +178,20 @@ def known_subjects(lm: LM, relation: str, seed: int = 0) -> list[str]:
     return [names[query.item] for query in asked.queries[: asked.known * TEMPLATES : TEMPLATES]]
 
 
+def known_both(lm: LM, relation: str, seed: int = 0) -> list[tuple[str, str]]:
+    """The facts (subject, object) of a two-way relation that the model knows from both sides.
+
+    Where it knows fewer than three, all facts that can be asked from both sides. Raises ValueError for an unknown
+    relation or one without an inverse.
+    """
+    there = tasks.describe(relation)
+    back = dict(tasks.describe(there.inverse).pairs)
+    pairs = [(subject, target) for subject, target in there.pairs if back.get(target) == subject]
+    known = [set(known_subjects(lm, name, seed)) for name in (relation, there.inverse)]
+    both = [(subject, target) for subject, target in pairs if subject in known[0] and target in known[1]]
+    return both if len(both) > 2 else pairs
+
+
 def _by_item(queries: Sequence[Query], seed: int | None) -> list[list[Query]]:
     """Queries of each item in its first five templates; items with one answer only, shuffled if there is a seed."""
     items: dict[str, dict[str, Query]] = {}

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kncore import tokens, words
+from kncore.covariance import solve
 from kncore.interventions import Delta
 from kncore.models import LM
 from kncore.replay import Capture, Change, capture, states
@@ -50,9 +51,9 @@ class Hyper:
     covariance: str = "samples"
 
 
-# GPT-2 XL and LLaMA-2-7B as published by Meng et al. and Niu et al., SmolLM2 from the sweep of chapter 07.
+# GPT-2 XL and LLaMA-2-7B as published (Meng et al., Niu et al.); SmolLM2 as chosen on other draws than the book uses.
 HYPER = {
-    "smollm2-135m": Hyper(3),
+    "smollm2-135m": Hyper(3, clamp=2.0, prefixes=3),
     "gpt2-xl": Hyper(17),
     "llama-2-7b": Hyper(5, steps=25, decay=1e-3),
 }
@@ -208,16 +209,11 @@ def delta(found: Search, covariance: Float[Tensor, "neuron neuron"] | None, bloc
     """The rank-one change that stores δ under the request's key: u δᵀ / (kᵀu), with u = C⁻¹ k̄.
 
     k is the key of the request alone, k̄ that averaged over prefixes, as in the published implementation; for k̄ = k it
-    is the equation above. Without a covariance C is the identity. Raises ValueError for a covariance that is singular.
+    is the equation above. Without a covariance C is the identity. Raises ValueError for a covariance that is singular,
+    and a key that is zero.
     """
-    direction = found.mean_key.double()
-    if covariance is not None:
-        factor, info = torch.linalg.cholesky_ex(covariance.double())
-        if bool(info) or not bool((factor.diagonal() > 1e-7 * factor.diagonal().max()).all()):
-            raise ValueError(
-                f"the covariance of {len(covariance)} neurons is singular: too little text. Give more of it, or use "
-                "covariance='identity'"
-            )
-        direction = torch.cholesky_solve(direction[:, None], factor)[:, 0]
+    direction = solve(covariance, found.mean_key[None])[0]
     scale = found.key.double() @ direction
+    if not bool(scale.abs() > 0):
+        raise ValueError("the key of the request is zero where the covariance counts: nothing can be stored under it")
     return Delta(block, (direction / scale).float()[None], found.change[None])

@@ -42,15 +42,21 @@ def encode(lm: LM, query: Query, target: str | None = None) -> Encoded:
     ids, position, wanted, *_ = (_masked if lm.spec.masked else _causal)(lm, query.prompt, word)
     if not wanted:
         raise ValueError(f"target {word!r} has no tokens for {lm.name}")
-    limit = getattr(lm.model.config, "max_position_embeddings", None)
-    if lm.spec.family == "roberta":
-        limit -= lm.model.config.pad_token_id + 1  # its positions are counted from there
+    limit = longest(lm)
     length = len(ids) + (0 if lm.spec.masked else len(wanted) - 1)
     if limit is not None and length > limit:
         raise ValueError(
             f"prompt {query.prompt[:40]!r}… has {length} tokens with its target, the context of {lm.name} is {limit}"
         )
     return Encoded(tuple(ids), position, tuple(wanted))
+
+
+def longest(lm: LM) -> int | None:
+    """How many tokens the model can read at once; None where no limit is known."""
+    limit = getattr(lm.model.config, "max_position_embeddings", None)
+    if lm.spec.family == "roberta":
+        limit -= lm.model.config.pad_token_id + 1  # its positions are counted from there
+    return limit
 
 
 def _causal(lm: LM, prompt: str, word: str) -> tuple[list[int], int, list[int]]:

@@ -19,6 +19,7 @@ from kncore.interventions import (
     SITES,
     Delta,
     edited,
+    edited_rows,
     enhance,
     set_neurons,
     suppress,
@@ -835,3 +836,62 @@ def test_a_delta_too_large_for_the_dtype_is_refused():
     assert not lm.touched
     with edited(tiny.lm("llama"), big):
         pass
+
+
+# Rows with deltas of their own
+
+
+def some_deltas(lm):
+    """Deltas of one and two blocks, of rank one and two, two of one block, and none."""
+    torch.manual_seed(5)
+    width, hidden = lm.n_neurons, lm.model.config.hidden_size
+
+    def one(block, rank):
+        return Delta(block, torch.randn(rank, width), torch.randn(rank, hidden))
+
+    return [[one(0, 1)], [], [one(1, 2), one(2, 1), one(1, 1)]]
+
+
+@on_all_families
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_each_row_is_that_of_a_model_with_its_own_deltas(family, side):
+    lm = MODELS[family]
+    if side == "left" and lm.spec.masked:
+        side = "right"
+    batch, deltas = padded(lm, side), some_deltas(lm)
+    place = (batch.mask.cumsum(1) - 1).clamp_min(0)
+    options = {} if lm.spec.masked else {"position_ids": place}
+    inputs = dict(input_ids=batch.ids, attention_mask=batch.mask, **options)
+    with torch.no_grad():
+        with edited_rows(lm, deltas):
+            assert lm.touched
+            got = lm.model(**inputs).logits
+        for row, some in enumerate(deltas):
+            with edited(lm, *some) if some else contextlib.nullcontext():
+                want = lm.model(**inputs).logits[row]
+            real = batch.mask[row].bool()
+            torch.testing.assert_close(got[row][real], want[real], atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(got[0], lm.model(**inputs).logits[0], atol=1e-2)
+
+
+def test_a_batch_of_another_number_of_rows_is_refused():
+    lm = MODELS["llama"]
+    for n in (1, 4):
+        with pytest.raises(ValueError, match=f"a batch of {n} rows, but deltas for 3; give one list a row"):
+            with edited_rows(lm, some_deltas(lm)):
+                lm.model(input_ids=torch.ones(n, 4, dtype=torch.long))
+        assert not lm.touched
+
+
+def test_rows_of_deltas_that_do_not_fit_the_model_are_refused_and_leave_no_hook():
+    lm = MODELS["gpt2"]
+    good = Delta(0, torch.ones(1, 24), torch.ones(1, 16))
+    for bad, words in (
+        (replace(good, block=3), "block 3 does not exist"),
+        (replace(good, block=1, neurons=torch.ones(1, 23)), "has widths"),
+        (replace(good, block=1, hidden=torch.ones(1, 24)), "has widths"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            with edited_rows(lm, [[good], [bad]]):
+                pass
+        assert not lm.touched

@@ -4,10 +4,11 @@ import naive
 import pytest
 import tiny
 import torch
+import whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kncore.replay import Change, capture, passes, replay
+from kncore.replay import Change, capture, passes, replay, states
 from kncore.tasks import Query
 from kncore.tokens import encode
 
@@ -115,6 +116,75 @@ def test_bad_changes_are_refused():
         replay(captured, [])
     with pytest.raises(ValueError, match="unknown site 'head'"):
         capture(lm, encoded(lm), sites=("head",))
+
+
+def full(lm, one, block, at, added):
+    """States that leave the last block, with `added` put on what the MLP of a block gives at one token."""
+    seen, blocks = [], lm.model.get_submodule(whole.PLACES[lm.spec.family][0])
+    hook = blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    try:
+        with torch.no_grad():
+            logits, _, value = whole.run(lm, whole.Asked(list(one.ids), at, [], []), block, added)
+    finally:
+        hook.remove()
+    out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return out[0] if out.dim() == 3 else out, logits, value
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_change_may_be_at_any_position_of_its_row(family):
+    """States at every position from the start of the row on, and the logits at the target, equal a full pass."""
+    lm = tiny.lm(family)
+    batch = encoded(lm)
+    begin = [0 if lm.spec.masked else max(0, one.position - 3) for one in batch]
+    captured = capture(lm, batch, ("mlp",), start=begin)
+    torch.manual_seed(2)
+    changes, wanted = [], []
+    for block in range(3):
+        prompts = torch.randint(len(batch), (6,))
+        at = [begin[i] + int(torch.randint(len(batch[i].ids) - begin[i], (1,))) for i in prompts.tolist()]
+        added = torch.randn(6, 16)
+        runs = [full(lm, batch[i], block, a, x) for i, a, x in zip(prompts.tolist(), at, added, strict=True)]
+        values = torch.stack([value for *_, value in runs]) + added
+        changes.append(Change(block, prompts, values, "mlp", torch.tensor(at)))
+        wanted += [(i, *run[:2]) for i, run in zip(prompts.tolist(), runs, strict=True)]
+    rows, logits = states(captured, changes), replay(captured, changes)
+    assert len(rows) == len(logits) == len(wanted) == 18
+    for got, at_target, (i, want, all_logits) in zip(rows, logits, wanted, strict=True):
+        n = len(batch[i].ids) - begin[i]
+        torch.testing.assert_close(got[:n], want[begin[i] :], atol=5e-5, rtol=1e-3)
+        torch.testing.assert_close(at_target, all_logits[batch[i].position], atol=5e-5, rtol=1e-3)
+
+
+def test_passes_keep_positions():
+    captured = capture(LLAMA, encoded(LLAMA, PROMPTS[:1]), ("mlp",), start=[0])
+    at = torch.tensor([0, 1, 2, 1])
+    change = Change(1, torch.zeros(4, dtype=torch.long), torch.randn(4, 16), "mlp", at)
+    parts = list(passes(captured, [change], captured.row_cost))
+    assert [part[0].position.tolist() for part in parts] == [[0], [1], [2], [1]]
+    got = torch.cat([states(captured, part) for part in parts])
+    torch.testing.assert_close(got, states(captured, [change]), atol=2e-5, rtol=1e-4)
+
+
+def test_a_position_that_rows_do_not_carry_is_refused():
+    batch = encoded(LLAMA, PROMPTS[:1])
+    captured = capture(LLAMA, batch, ("mlp",), start=[1])
+    for at in (0, 3, -1):
+        with pytest.raises(ValueError, match="position that rows do not carry; capture from there"):
+            states(captured, [Change(0, torch.tensor([0]), torch.zeros(1, 16), "mlp", torch.tensor([at]))])
+
+
+def test_states_are_kept_where_at_says():
+    for family in ("gpt2", "bert"):
+        lm = tiny.lm(family)
+        batch = encoded(lm)
+        captured = capture(lm, batch, ("neuron", "mlp"), at=[0] * len(batch))
+        for i, one in enumerate(batch):
+            for block in range(3):
+                with torch.no_grad():
+                    _, key, value = whole.run(lm, whole.Asked(list(one.ids), 0, [], []), block)
+                torch.testing.assert_close(captured.sites["neuron"][block][i], key, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(captured.sites["mlp"][block][i], value, atol=1e-5, rtol=1e-4)
 
 
 LLAMA = tiny.lm("llama")

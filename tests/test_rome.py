@@ -120,9 +120,9 @@ def test_a_batch_of_requests_is_each_alone(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 def test_the_search_lowers_the_loss_and_stops_once_the_answer_is_likely(family):
-    lm, hyper = MODELS[family], replace(QUICK, steps=60, stop=0.4, lr=0.3, clamp=50.0, kl=0.0, prefixes=1)
-    ended = 0
-    for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
+    lm, hyper = MODELS[family], replace(QUICK, steps=60, stop=1.3, lr=1.0, clamp=1e4, kl=0.0, decay=0.0, prefixes=1)
+    ended, asked = 0, [request(lm, "the capital of {}"), request(lm, "Anna saw {}", "cats", "red", "book")]
+    for query, found in zip(asked, search(lm, asked, hyper), strict=True):
         assert found.probability > found.before
         if found.steps < hyper.steps:
             ended += 1
@@ -152,9 +152,8 @@ def test_an_answer_that_is_given_already_is_a_failure_of_that_item():
     assert "already" in max(one.failed for one in found)
 
 
-@pytest.mark.parametrize("rate", [float("inf"), float("nan")])
-def test_a_search_that_diverges_is_a_failure_not_a_number(rate):
-    (found,) = search(MODELS["gpt2"], [request(MODELS["gpt2"])], replace(QUICK, lr=rate))
+def test_a_search_that_diverges_is_a_failure_not_a_number():
+    (found,) = search(MODELS["gpt2"], [request(MODELS["gpt2"])], replace(QUICK, lr=float("inf")))
     assert "diverged after 1 steps" in found.failed
 
 
@@ -206,7 +205,8 @@ def test_models_have_their_hyperparameters():
 
 def moment(n: int, seed: int = 0):
     rows = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (rows * torch.linspace(0.1, 3, n, dtype=torch.float64)).T @ rows / (3 * n)
+    rows *= torch.linspace(0.1, 3, n, dtype=torch.float64)
+    return rows.T @ rows / len(rows)
 
 
 @pytest.mark.parametrize("with_moment", [True, False])
@@ -230,16 +230,18 @@ def test_the_edited_model_has_v_star_under_the_key(family, prefixes, with_moment
 
 
 @on_all_families
-def test_the_answer_of_the_edited_model_is_what_the_search_found(family):
-    lm, hyper = MODELS[family], replace(QUICK, prefixes=0, lr=0.2)
+def test_where_other_keys_stay_the_edited_model_answers_as_the_search_said(family):
+    lm, hyper = MODELS[family], replace(QUICK, prefixes=0, lr=0.2, clamp=50.0)
     for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
-        twice = query.prompt.split().count(query.subject) > 1  # its first occurrence may have a key alike
-        if family not in ("bert", "roberta") and not twice:
-            with edited(lm, delta(found, moment(lm.n_neurons), hyper.block)), torch.no_grad():
-                loss = whole.loss(lm, whole.ask(lm, query, query.foil))
-            before = float(whole.loss(lm, whole.ask(lm, query, query.foil)).detach())
-            assert found.before == pytest.approx(np.exp(-before), rel=1e-4)
-            assert float(loss) < before
+        asked = whole.ask(lm, query, query.foil)
+        with torch.no_grad():
+            places = [at for at in range(len(asked.ids)) if at != asked.at]
+            others = torch.stack([whole.run(lm, asked._replace(at=at), hyper.block)[1] for at in places]).double()
+            covariance = others.T @ others + 1e-7 * torch.eye(lm.n_neurons, dtype=torch.float64)
+            with edited(lm, delta(found, covariance, hyper.block)):
+                p = float(torch.exp(-whole.loss(lm, asked)))
+        assert p == pytest.approx(found.probability, rel=2e-2)
+        assert abs(p - found.before) > 1e-3 * found.before
 
 
 @settings(max_examples=25, deadline=None)
@@ -307,6 +309,4 @@ def test_an_edit_inside_an_edit_is_that_of_the_edited_model(family):
     other = delta(want, None, hyper.block)
     asked = whole.ask(lm, second, second.foil)
     with torch.no_grad(), edited(lm, one, other):
-        torch.testing.assert_close(
-            whole.run(lm, asked, hyper.block)[2], want.value + want.change, atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(whole.run(lm, asked, hyper.block)[2], want.value + want.change, atol=1e-4, rtol=1e-4)

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers import models as kinds
 
 from kncore import Query, models, tokens
-from kncore.tokens import Encoded, encode, pad, steps
+from kncore.tokens import Encoded, encode, longest, pad, span, steps
 
 ID = {word: i for i, word in enumerate(tiny.SPECIAL + tiny.WORDS)}
 PAD, CLS, SEP, MASK = 0, 2, 3, 4
@@ -266,3 +266,57 @@ def test_the_default_tokenizer_keeps_paris_with_its_space_in_one_token():
     assert tokenizer("Paris")["input_ids"] != list(encoded.target)
     assert tokenizer.decode(encoded.ids) == "The capital of France is"
     assert encoded.ids[0] != tokenizer.bos_token_id
+
+
+# Subjects
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(WORD, max_size=4), st.lists(WORD, min_size=1, max_size=3), st.lists(WORD, max_size=4), st.booleans())
+def test_the_span_of_a_subject_counts_its_words(before, subject, after, masked):
+    """Words are tokens here, so the place can be counted; of several the last."""
+    words, n = [*before, *subject, *after], len(subject)
+    if masked:
+        query = Query(" ".join([*words, "[MASK]", "."]), "red cats", " ".join(subject))
+    else:
+        query = Query(" ".join(words), "cats", " ".join(subject))
+    # the subject as text may also begin or end inside a longer word; such draws say nothing
+    if query.prompt.rindex(query.subject) == len(" ".join(words[: (at := last(words, subject))])) + (at > 0):
+        lm = BERT if masked else LLAMA
+        assert span(lm, query) == (at + masked, at + n - 1 + masked)
+
+
+def last(words, subject):
+    return max(i for i in range(len(words)) if words[i : i + len(subject)] == subject)
+
+
+def test_a_subject_that_occurs_twice_is_found_the_last_time():
+    assert span(LLAMA, Query("France is France in Spain", "red", "France")) == (2, 2)
+    assert span(BERT, Query("France is [MASK] in France", "red", "France")) == (5, 5)
+    assert span(BERT, Query("France is [MASK] in red France", "red cats", "red France")) == (6, 7)
+
+
+def test_the_span_moves_with_the_masks_before_it():
+    query = Query("[MASK] is the capital of France", "Paris", "France", "red cats")
+    assert span(BERT, query) == (6, 6)
+    assert span(BERT, query, query.foil) == (7, 7)
+    assert encode(BERT, query, query.foil).ids[7] == ID["France"]
+
+
+@pytest.mark.parametrize(
+    ("lm", "prompt"), [(GPT2_BYTES, "The capital of Spain is"), (ROBERTA_BYTES, "Spain is [MASK].")]
+)
+def test_the_span_of_byte_level_tokens_spells_the_subject(lm, prompt):
+    query = Query(prompt, "Madrid", "Spain")
+    first, end = span(lm, query)
+    assert lm.tokenizer.decode(encode(lm, query).ids[first : end + 1]).strip() == "Spain"
+
+
+def test_a_query_without_a_subject_has_no_span():
+    with pytest.raises(ValueError, match="has no subject; give the part of it"):
+        span(LLAMA, Query("the cats", "red"))
+
+
+def test_the_longest_text_is_what_the_positions_allow():
+    assert longest(GPT2) == longest(LLAMA) == longest(BERT) == 64
+    assert longest(ROBERTA) == 63  # counted from behind the padding token, number 0

@@ -1,0 +1,214 @@
+"""The second moment of keys against the mean of outer products, token by token; and text sampled from the model."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+import whole
+
+from kncore import cache, covariance, words
+from kncore.covariance import generate
+
+MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
+on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
+TEXTS = [
+    "Anna saw the cats in France . the capital of France is Paris",
+    "these red books of Anna",
+    "the " * 200,
+    "in Spain",
+]
+
+
+@pytest.fixture(autouse=True)
+def models_stay_as_they_were():
+    yield
+    assert not any(lm.touched for lm in MODELS.values())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_text(text)
+    return tmp_path
+
+
+def files():
+    return sorted(cache.scores_folder().rglob("*.safetensors"))
+
+
+def naive(lm, pieces, block):
+    """Mean of k kᵀ, one text after the other."""
+    keys = []
+    hook = whole.projection(lm, block).register_forward_hook(lambda module, args, out: keys.append(args[0][0].double()))
+    with torch.no_grad():
+        for piece in pieces:
+            lm.model(torch.tensor([piece]))
+    hook.remove()
+    keys = torch.cat(keys)
+    return torch.stack([torch.outer(k, k) for k in keys]).mean(0)
+
+
+def pieces(lm, length):
+    """Token ids of TEXTS by hand, cut to `length`."""
+    table = lm.tokenizer.get_vocab()
+    out = []
+    for text in TEXTS:
+        ids = [table[word] for word in text.split()]
+        ids = [2, *ids, 3] if lm.spec.masked else ids
+        out += [ids[i : i + length] for i in range(0, len(ids), length)]
+    return [piece for piece in out if len(piece) > 1]
+
+
+@on_all_families
+def test_the_covariance_is_the_mean_of_outer_products(family, folder):
+    lm = MODELS[family]
+    limit = 64 - (lm.tokenizer.pad_token_id + 1 if family == "roberta" else 0)
+    for block in range(3):
+        got = covariance.covariance(lm, block, str(folder))
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, naive(lm, pieces(lm, limit), block), atol=1e-6, rtol=1e-4)
+
+
+def test_blocks_above_are_not_run(folder):
+    lm = MODELS["gpt2"]
+    runs = Counter()
+    hooks = [
+        block.register_forward_hook(lambda *_, number=number: runs.update([number]))
+        for number, block in enumerate(lm.blocks)
+    ]
+    try:
+        covariance.covariance(lm, 1, str(folder))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert runs[0] >= 1 and runs[1] == runs[2] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_samples_are_the_models_own_text(family, monkeypatch):
+    monkeypatch.setattr(covariance, "SAMPLES", 6)
+    lm = MODELS[family]
+    starts = [lm.tokenizer(text)["input_ids"][:3] for text in words.passages()[:6]]
+    want = generate(lm, torch.tensor(starts), 64, seed=4).tolist()
+    got = covariance.covariance(lm, 1, seed=4)
+    torch.testing.assert_close(got, naive(lm, want, 1), atol=1e-6, rtol=1e-4)
+    assert not torch.equal(got, covariance.covariance(lm, 1, seed=5))
+
+
+def test_text_means_the_passages():
+    lm = MODELS["bert"]
+    got = covariance.covariance(lm, 0, "text")
+    ids = [lm.tokenizer(text)["input_ids"] for text in words.passages()]
+    assert all(len(one) < 64 for one in ids)
+    torch.testing.assert_close(got, naive(lm, ids, 0), atol=1e-6, rtol=1e-4)
+
+
+def test_identity_needs_no_text():
+    assert covariance.covariance(MODELS["gpt2"], 1, "identity") is None
+    assert not files()
+
+
+def test_it_is_computed_once_for_each_text_block_and_model(folder, monkeypatch):
+    lm = MODELS["llama"]
+    computed = []
+    moment = covariance._moment
+    monkeypatch.setattr(covariance, "_moment", lambda *args: computed.append(args[1]) or moment(*args))
+    first = covariance.covariance(lm, 1, str(folder))
+    assert torch.equal(first, covariance.covariance(lm, 1, str(folder))) and computed == [1]
+    other = covariance.covariance(lm, 2, str(folder))
+    assert not torch.equal(first, other) and computed == [1, 2]
+    covariance.covariance(replace(lm, revision="other"), 1, str(folder))
+    (folder / "more.txt").write_text("the cat is red")
+    changed = covariance.covariance(lm, 1, str(folder))
+    assert not torch.equal(first, changed) and computed == [1, 2, 1, 1]
+    assert len(files()) == 4
+    covariance.covariance(lm, 1, str(folder), store=False)
+    assert computed == [1, 2, 1, 1, 1] and len(files()) == 4
+
+
+def test_samples_are_drawn_once(monkeypatch):
+    monkeypatch.setattr(covariance, "SAMPLES", 4)
+    lm = MODELS["gpt2"]
+    first = [covariance.covariance(lm, block) for block in (0, 1)]
+    monkeypatch.setattr(covariance, "generate", None)
+    again = [covariance.covariance(lm, block) for block in (0, 1)]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("left", [0, 7, 1000])
+def test_a_half_written_entry_is_computed_again(folder, left):
+    lm = MODELS["llama"]
+    want = covariance.covariance(lm, 1, str(folder))
+    (file,) = files()
+    whole_file = file.read_bytes()
+    file.write_bytes(whole_file[:left])
+    assert torch.equal(covariance.covariance(lm, 1, str(folder)), want)
+    assert file.read_bytes() == whole_file
+
+
+def test_a_changed_model_is_neither_looked_up_nor_stored(folder):
+    lm = tiny.lm("llama")
+    want = covariance.covariance(lm, 1, str(folder))
+    with torch.no_grad():
+        whole.projection(lm, 0).weight.mul_(2)
+    assert not torch.allclose(covariance.covariance(lm, 1, str(folder)), want)
+    assert len(files()) == 1
+
+
+def test_bad_sources_and_blocks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="masked model and cannot go on with a text; use covariance 'text'"):
+        covariance.covariance(MODELS["bert"], 0)
+    with pytest.raises(FileNotFoundError, match="no .txt file"):
+        covariance.covariance(MODELS["gpt2"], 0, str(tmp_path))
+    with pytest.raises(ValueError, match="block 3 does not exist; tiny-gpt2 has blocks 0 to 2"):
+        covariance.covariance(MODELS["gpt2"], 3, "text")
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_samples_follow_the_models_distribution(family):
+    """Two tokens after one prompt: shares of 4000 samples against probabilities of full passes."""
+    lm, n = MODELS[family], 4000
+    prompt = lm.tokenizer("the capital of")["input_ids"]
+    drawn = generate(lm, torch.tensor([prompt] * n), 5)
+    assert drawn.shape == (n, 5) and drawn[:, :3].tolist() == [prompt] * n
+    with torch.no_grad():
+        first = lm.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        then = lm.model(torch.tensor([[*prompt, i] for i in range(tiny.VOCAB)])).logits[:, -1].softmax(-1)
+    wanted = first[:, None] * then
+    got = torch.zeros_like(wanted).index_put_((drawn[:, 3], drawn[:, 4]), torch.tensor(1 / n), accumulate=True)
+    error = (got - wanted) / (wanted * (1 - wanted) / n).sqrt().clamp_min(1e-4)
+    assert error[wanted > 5 / n].abs().max() < 5
+    assert float((got - wanted).abs().sum()) < 2 * float((2 / torch.pi * wanted / n).sqrt().sum())
+
+
+def test_samples_depend_on_the_seed_alone():
+    lm = MODELS["llama"]
+    prompts = torch.tensor([lm.tokenizer("the cats")["input_ids"]] * 3)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = generate(lm, prompts, 12, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(generate(lm, prompts, 12, seed=1), first)
+    assert not torch.equal(generate(lm, prompts, 12, seed=2), first)
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_without_a_seed_the_most_probable_token_comes_also_after_padding(family):
+    lm = MODELS[family]
+    texts = ["the capital of France", "Anna", "these red books"]
+    ids = [lm.tokenizer(text)["input_ids"] for text in texts]
+    padded = torch.tensor([[0] * (4 - len(one)) + one for one in ids])
+    real = torch.tensor([[False] * (4 - len(one)) + [True] * len(one) for one in ids])
+    got = generate(lm, padded, 10, seed=None, real=real)
+    for row, one in zip(got.tolist(), ids, strict=True):
+        one = list(one)
+        for _ in range(6):
+            with torch.no_grad():
+                one.append(int(lm.model(torch.tensor([one])).logits[0, -1].argmax()))
+        assert row[-len(one) :] == one
