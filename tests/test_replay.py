@@ -29,9 +29,9 @@ def test_replay_equals_a_full_pass_with_a_hook(family, site):
     captured = capture(lm, batch, sites=(site,))
     torch.manual_seed(1)
     changes = []
-    for block, states in enumerate(captured.sites[site]):
+    for block, state in enumerate(captured.sites[site]):
         prompts = torch.randint(len(batch), (7,))
-        changes.append(Change(block, prompts, states[prompts] * torch.randn(7, 1) + torch.randn(7, 1), site))
+        changes.append(Change(block, prompts, state[prompts] * torch.randn(7, 1) + torch.randn(7, 1), site))
     got = replay(captured, changes)
     row = 0
     for change in changes:
@@ -64,8 +64,8 @@ def test_rows_may_start_before_the_target(family):
     batch = encoded(lm)
     short, long = capture(lm, batch), capture(lm, batch, start=[max(0, e.position - 2) for e in batch])
     rows = torch.arange(len(batch))
-    for block, states in enumerate(short.sites["neuron"]):
-        change = [Change(block, rows, -states)]
+    for block, state in enumerate(short.sites["neuron"]):
+        change = [Change(block, rows, -state)]
         torch.testing.assert_close(replay(long, change), replay(short, change), atol=2e-5, rtol=1e-4)
 
 

@@ -105,6 +105,30 @@ def test_the_search_is_that_of_the_equations_on_the_whole_model(family, extra):
         assert found.probability == pytest.approx(np.exp(-losses[-1]), rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_every_token_of_a_new_answer_counts_alike_in_the_search(family):
+    lm, hyper = MODELS[family], replace(QUICK, lr=0.1, prefixes=1)
+    asked = several(lm)[1::2]
+    assert [len(whole.ask(lm, query, query.foil).wanted) for query in asked] == [2, 3]
+    for query, found in zip(asked, search(lm, asked, hyper), strict=True):
+        change, losses = slow_search(lm, query, hyper)
+        torch.testing.assert_close(found.change, change, atol=2e-3, rtol=2e-3)
+        assert found.before == pytest.approx(np.exp(-losses[0]), rel=1e-3)
+        assert found.probability == pytest.approx(np.exp(-losses[-1]), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_masks_before_the_subject_are_those_of_the_new_answer(family):
+    """As many masks as the new answer has words stand before the subject, not as many as the old one has."""
+    lm = MODELS[family]
+    query = Query("[MASK] is the capital of red France", "Paris", "red France", "red cats")
+    (found,) = search(lm, [query], replace(QUICK, prefixes=0))
+    with torch.no_grad():
+        _, key, value = whole.run(lm, whole.ask(lm, query, query.foil), QUICK.block)
+    torch.testing.assert_close(found.key, key, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.value, value, atol=1e-5, rtol=1e-4)
+
+
 @on_all_families
 def test_a_batch_of_requests_is_each_alone(family):
     lm = MODELS[family]
@@ -157,13 +181,24 @@ def test_a_search_that_diverges_is_a_failure_not_a_number():
     assert "diverged after 1 steps" in found.failed
 
 
+@pytest.mark.parametrize("lr", [1e2, 1e10, 1e30])
+def test_a_rate_that_is_far_too_large_gives_a_change_as_reported_or_a_failure(lr):
+    lm, hyper = MODELS["llama"], replace(QUICK, lr=lr, prefixes=0)
+    for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
+        if not found.failed:
+            assert found.change.norm() <= hyper.clamp * found.value.norm() * (1 + 1e-5)
+            with torch.no_grad():
+                loss = whole.loss(lm, whole.ask(lm, query, query.foil), hyper.block, found.change)
+            assert found.probability == pytest.approx(float(torch.exp(-loss)), rel=1e-2, abs=1e-6)
+
+
 def test_one_request_that_diverges_leaves_the_others_as_they_are():
     lm = tiny.lm("llama")
     want = search(lm, several(lm), QUICK)
     with torch.no_grad():
         lm.model.get_input_embeddings().weight[lm.tokenizer.get_vocab()["Spain"]] = float("nan")
     got = search(lm, several(lm), QUICK)
-    assert [bool(one.failed) for one in got] == [False, True, False, False]
+    assert ["diverged" in one.failed for one in got] == [False, True, False, False]
     for one, other in zip(got, want, strict=True):
         if not one.failed:
             torch.testing.assert_close(one.change, other.change, atol=2e-3, rtol=2e-3)
@@ -242,6 +277,26 @@ def test_where_other_keys_stay_the_edited_model_answers_as_the_search_said(famil
                 p = float(torch.exp(-whole.loss(lm, asked)))
         assert p == pytest.approx(found.probability, rel=2e-2)
         assert abs(p - found.before) > 1e-3 * found.before
+
+
+def test_two_neurons_and_two_dimensions_by_hand():
+    """k = (1, 2), δ = (5, -10), C⁻¹ = (1 -1; -1 2): C⁻¹k = (-1, 3), kᵀC⁻¹k = 5; with k̄ = (1, 0): (1, -1) and -1."""
+    key, change, c = [1, 2], [5, -10], torch.tensor([[2.0, 1], [1, 1]])
+    for mean, moment, wanted in (
+        (key, c, [[-1, 2], [3, -6]]),
+        (key, None, [[1, -2], [2, -4]]),
+        ([1, 0], c, [[-5, 10], [5, -10]]),
+        ([1, 0], None, [[5, -10], [0, 0]]),
+    ):
+        got = matrix(delta(made(key, mean, change), moment, 0))
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        np.testing.assert_allclose(np.array(key) @ got, change, atol=1e-5)
+
+
+def test_nothing_can_be_stored_under_a_key_that_is_zero():
+    for key, mean in (([0, 0], [0, 0]), ([0, 0], [1, 2]), ([1, 0], [0, 1])):
+        with pytest.raises(ValueError, match="key of the request is zero where the covariance counts"):
+            delta(made(key, mean, [5, -10]), None, 0)
 
 
 @settings(max_examples=25, deadline=None)
