@@ -52,7 +52,7 @@ bench: $(STAMP)  ## time attribution beside its peers, edits and traces, into bo
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-bench.lock
 	$(PY) benchmarks/attribution.py --out book/benchmark-table.md $(BENCH)
 	$(PY) benchmarks/effects.py --out book/benchmark-effects.md
-	$(PY) benchmarks/tracing.py --out book/benchmark-tracing.md
+	$(PY) benchmarks/tracing.py --stride 3 --out book/benchmark-tracing.md
 
 clean:  ## remove what was built; .venv and the model cache stay
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis kncore.egg-info
