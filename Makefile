@@ -9,10 +9,10 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 FRESH := $(CURDIR)/_build/fresh
 
-.PHONY: help install book test notebooks lint bench clean
+.PHONY: help install book test smoke models notebooks lint bench clean
 
 # After the install nothing needs the network, and nothing may quietly use it.
-book test lint bench: export HF_HUB_OFFLINE := 1
+book test smoke lint bench: export HF_HUB_OFFLINE := 1
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,15 @@ test: lint  ## lint, unit tests, stored notebooks against a fresh run, the book 
 	KNCORE_SCORES=$(FRESH)/scores KNCORE_RESULTS=$(FRESH)/results \
 		$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=900
 	KNCORE_SCORES=$(FRESH)/scores $(PY) -m kncore book
+	$(MAKE) smoke
 	KNCORE_BOOK=required $(PY) -m pytest tests/test_book.py
+
+smoke: $(STAMP)  ## every notebook, computed anew on the smallest controlled model, in a few minutes
+	rm -rf _build/smoke
+	KNCORE_SCORES=_build/smoke/scores $(PY) -m kncore run --model controlled-gpt2 --out _build/smoke
+
+models: $(STAMP)  ## train the controlled models anew (about half an hour each on 2 cores); goes on where it stopped
+	for kind in gpt2 llama bert; do $(PY) training/controlled.py $$kind || exit 1; done
 
 notebooks: $(STAMP)  ## for maintainers: refresh the stored notebooks and records (MODEL=... for another model)
 	$(PY) -m kncore run $(if $(MODEL),--model $(MODEL))

@@ -55,22 +55,26 @@ def synonyms() -> dict[str, tuple[str, ...]]:
 
 
 def bijective(
-    relation: str = "capital",
+    relation: str | Relation = "capital",
     n: int | None = None,
     seed: int = 0,
     subjects: Collection[str] | None = None,
     objects: Collection[str] | None = None,
+    inverse: Relation | None = None,
 ) -> list[Case]:
     """`n` requests (None: all) that give a subject another object of the same relation, for symmetry (section 4).
 
     Only facts that stand in the table of the inverse relation too are edited. Subjects come in an order drawn from
     `seed`. The new object is drawn from `objects` (None: all), is never the old one, and comes only once before every
     object of the pool has come. `subjects` are those to edit and, as far as they suffice, to take neighbours from:
-    give the ones that the model knows, and as `objects` the ones whose reverse it knows.
+    give the ones that the model knows, and as `objects` the ones whose reverse it knows. A relation that is not in the
+    tables comes with its `inverse`.
 
     Raises ValueError for an unknown relation, one without an inverse, a subject or object without such a fact, no
     object to draw, or an `n` that is not from 1 to the number of subjects.
     """
+    if isinstance(relation, Relation) and inverse is not None:
+        return _bijective(relation, inverse, None, n, seed, subjects, objects)
     known = tasks.describe(relation)
     if not known.inverse:
         two_way = ", ".join(name for name in tasks.relations() if tasks.describe(name).inverse)
@@ -79,17 +83,24 @@ def bijective(
     return _bijective(known, tasks.describe(known.inverse), control, n, seed, subjects, objects)
 
 
-def synonymy(n: int | None = None, seed: int = 0, subjects: Collection[str] | None = None) -> list[Case]:
+def synonymy(
+    n: int | None = None,
+    seed: int = 0,
+    subjects: Collection[str] | None = None,
+    known: Relation | None = None,
+    called: Mapping[str, Sequence[str]] | None = None,
+) -> list[Case]:
     """`n` requests (None: all) that move a scholar to another field of work, for synonymy (section 4).
 
     Persons come in an order drawn from `seed`. The new field is drawn among those whose workers bear no name that
     fits the old one, and comes only once before every field has come. Asked for synonymy: what the person is, with
-    the occupation of the new field as target and that of the old field as foil. `subjects` as in `bijective`.
+    the occupation of the new field as target and that of the old field as foil. `subjects` as in `bijective`. `known`
+    and `called` replace the scholars of the table and the names of who works in a field.
 
     Raises ValueError for a subject that is no scholar of the table, or an `n` that is not from 1 to their number.
     """
-    known = replace(tasks.describe("field_of_work"), pairs=tuple(scholars().items()))
-    return _synonymy(known, n, seed, subjects)
+    known = known or replace(tasks.describe("field_of_work"), pairs=tuple(scholars().items()))
+    return _synonymy(known, n, seed, subjects, called or synonyms())
 
 
 def agreement(n: int | None = None, seed: int = 0) -> list[Case]:
@@ -148,7 +159,7 @@ def public_cases(kind: str, path: str | Path | None = None, n: int | None = None
     known = _pararel(kind, path)
     if kind == "P101":
         pairs = tuple(pair for pair in known.pairs if pair[1] in synonyms())
-        return _synonymy(replace(known, pairs=pairs), n, seed, None)
+        return _synonymy(replace(known, pairs=pairs), n, seed, None, synonyms())
     return _bijective(known, _pararel({"P36": "P1376", "P1376": "P36"}[kind], path), None, n, seed, None, None)
 
 
@@ -175,8 +186,14 @@ def _bijective(
     return cases
 
 
-def _synonymy(known: Relation, n: int | None, seed: int, subjects: Collection[str] | None) -> list[Case]:
-    occupation, called = tasks.describe("occupation"), synonyms()
+def _synonymy(
+    known: Relation,
+    n: int | None,
+    seed: int,
+    subjects: Collection[str] | None,
+    called: Mapping[str, Sequence[str]],
+) -> list[Case]:
+    occupation = tasks.describe("occupation")
 
     def differ(old: str, new: str) -> bool:
         return called[new][0] not in called[old] and called[old][0] not in called[new]

@@ -35,6 +35,7 @@ CODE = (
     "attribution",
     "cache",
     "cases",
+    "corpus",
     "covariance",
     "criteria",
     "editors",
@@ -412,6 +413,67 @@ CLAIMS: dict[str, Claim] = {
             0.3,
             30,
         ),
+        Claim(
+            "count-moves",
+            "09",
+            "The effect of suppressing the neurons of number follows how often determiner and noun went together.",
+            "4",
+            "loss of log-odds, in nats for each doubling of the pair's count in the training text, given the noun's other "
+            "occurrences",
+            "above",
+            0.0,
+            30,
+        ),
+        Claim(
+            "rule-reaches",
+            "09",
+            "The neurons of number serve pairs that never occurred as they serve those that did.",
+            "4",
+            "mean loss of log-odds of held-out pairs over that of pairs in the training text",
+            "above",
+            0.5,
+            30,
+        ),
+        Claim(
+            "reverse-inferred",
+            "09",
+            "A fact that was only ever stated from one side can be asked from the other.",
+            "4",
+            "share of reversed questions about one-way facts that are answered, before any edit",
+            "above",
+            0.5,
+            30,
+        ),
+        Claim(
+            "two-way-symmetry-follows",
+            "09",
+            "Where a model learnt its facts from both sides, an edit of one side changes the other.",
+            "4",
+            "share of reversed questions continued by the new answer after fine-tuning one matrix, per two-way fact",
+            "above",
+            0.5,
+            30,
+        ),
+        Claim(
+            "synonym-inferred",
+            "09",
+            "Told a worker's field, a model infers the occupation that always went with that field.",
+            "4",
+            "share of questions for an occupation that was never stated, answered before any edit, per worker",
+            "above",
+            0.5,
+            30,
+        ),
+        Claim(
+            "linked-synonymy-follows",
+            "09",
+            "Where a model learnt which occupation belongs to a field, it follows an edit of the field.",
+            "4",
+            "share of occupation prompts continued by the new one after fine-tuning one matrix, per linked worker",
+            "above",
+            0.5,
+            30,
+        ),
     )
 }
 
@@ -449,14 +511,18 @@ class Verdict:
     estimate: Estimate
     model: str
 
+    @property
+    def word(self) -> str:
+        """`supported`, `contradicted` or `inconclusive`."""
+        return self.claim.verdict(self.estimate)
+
     def __str__(self) -> str:
-        verdict = self.claim.verdict(self.estimate)
-        return f"{verdict.capitalize()} on {self.model}: {self.claim.statement} {self.claim.metric}: {self.estimate}"
+        return f"{self.word.capitalize()} on {self.model}: {self.claim.statement} {self.claim.metric}: {self.estimate}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        verdict = self.claim.verdict(self.estimate)
+        verdict = self.word
         told = (self.model, self.claim.statement, self.claim.metric, str(self.estimate), self.claim.rule)
         model, statement, metric, estimate, rule = map(escape, told)
         return (

@@ -72,6 +72,13 @@ def phenomena() -> list[str]:
     return list(GRAMMARS)
 
 
+def available(phenomenon: str) -> int:
+    """How many minimal pairs the grammar of a phenomenon has. Raises ValueError for an unknown one."""
+    if phenomenon not in GRAMMARS:
+        raise unknown("phenomenon", phenomenon, GRAMMARS)
+    return 2 * sum(prod(map(len, lists)) for _, lists in GRAMMARS[phenomenon][0]())
+
+
 def minimal_pairs(
     phenomenon: str, n: int | None = None, seed: int = 0, form: Literal["causal", "masked"] = "causal"
 ) -> list[Query]:
@@ -91,9 +98,9 @@ def minimal_pairs(
     slots, build = GRAMMARS[phenomenon]
     frames = list(slots())
     n = DEFAULT_N if n is None else n
-    available = 2 * sum(prod(map(len, lists)) for _, lists in frames)
-    if n % 2 or not 0 < n <= available:
-        raise ValueError(f"n={n} queries of {phenomenon!r} asked for; n must be even, from 2 to {available}")
+    most = available(phenomenon)
+    if n % 2 or not 0 < n <= most:
+        raise ValueError(f"n={n} queries of {phenomenon!r} asked for; n must be even, from 2 to {most}")
     queries = []
     for lemma, words, tail in _draw(frames, n // 2, random.Random(f"{phenomenon} {seed}")):
         sides = build(form, lemma, *words, tail)

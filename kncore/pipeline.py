@@ -28,6 +28,7 @@ from kncore import stored
 EPOCH = "1714694400"  # the day the paper appeared; figures and pages carry it instead of the time of the run
 TIMEOUT = 3600
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+BESIDE = ("controlled-gpt2", "controlled-llama", "controlled-bert")  # models that `book` runs beside the notebooks' own
 Scalar = str | int | float | bool | None
 
 
@@ -169,12 +170,15 @@ def run(
     if isinstance(given.get("model"), str) and Path(given["model"]).is_dir():
         names[str(Path(given["model"]).resolve())] = slug(given["model"])
         given["model"] = str(Path(given["model"]).resolve())
+    if model is not None and out is None:
+        selected = [chapter for chapter in selected if not _compares(chapter)]
     for chapter in selected:
-        check_parameters(chapter, given)
+        check_parameters(chapter, _given(chapter, given))
 
     written = []
     for chapter in selected:
-        changed = {name: value for name, value in given.items() if value != chapter.defaults[name]}
+        mine = _given(chapter, given)
+        changed = {name: value for name, value in mine.items() if value != chapter.defaults[name]}
         folder, records = _destination(root, chapter, changed, out, results)
         (root / "_build").mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="run-", dir=root / "_build") as scratch:
@@ -186,6 +190,16 @@ def run(
         for problem in stored.problems(notebook):
             print(f"  note: {chapter.path.name}: {problem}", file=sys.stderr)
     return written
+
+
+def _compares(chapter: Chapter) -> bool:
+    """Whether a chapter sets models side by side (its parameter is `models`), and so has no run of its own for each."""
+    return "models" in chapter.defaults and "model" not in chapter.defaults
+
+
+def _given(chapter: Chapter, given: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The parameters as the chapter names them: one that compares models is given the only one."""
+    return {"models" if name == "model" and _compares(chapter) else name: value for name, value in given.items()}
 
 
 def _destination(
@@ -347,17 +361,19 @@ def _move(source: Path, target: Path) -> None:
 def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     """Render the book into _build/html from a staging folder; with `execute` the notebooks are run there first.
 
-    The tracked files are only read. A record that says what the tracked one says keeps that one's date; one of the
-    notebooks' own model that no notebook makes any more is left out. Raises RunError where a notebook fails or the
-    build warns; the log is in _build/book.log and the pages that stood in _build/html before stay.
+    So are, several at once, those of the models that are trained here (`BESIDE`). The tracked files are only read. A
+    record that says what the tracked one says keeps that one's date; one of these models that no notebook makes any
+    more is left out. Raises RunError where a notebook fails or the build warns; the log is in _build/book.log and the
+    pages that stood in _build/html before stay.
     """
     staging = stage(root)
     if execute:
         from kncore import claims
 
-        for chapter in chapters(root):
-            shutil.rmtree(staging / "results" / slug(str(chapter.defaults.get("model"))), ignore_errors=True)
+        for name in {*BESIDE, *(str(chapter.defaults.get("model")) for chapter in chapters(root))}:
+            shutil.rmtree(staging / "results" / slug(name), ignore_errors=True)
         run(root, out=staging / "notebooks", results=staging / "results", timeout=timeout)
+        _run_beside(root, staging, timeout)
         claims.keep_dates(staging / "results", root / "results")
     generate(staging)
 
@@ -385,6 +401,40 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     return target / "index.html"
 
 
+def _run_beside(root: Path, staging: Path, timeout: int) -> None:
+    """Run the chapters on the models of `BESIDE` whose runs the book has, one process for each, with one thread.
+
+    Raises RunError where one fails; the others are stopped.
+    """
+    waiting = [name for name in BESIDE if (staging / "book" / "runs" / name).is_dir()]
+    numbers = ",".join(chapter.number for chapter in chapters(root) if not _compares(chapter))
+    running: dict[str, subprocess.Popen] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                name = waiting.pop(0)
+                print(f"{name}, chapters {numbers} ...", flush=True)
+                command = [sys.executable, "-m", "kncore", "run", "--model", name, "--only", numbers]
+                command += ["--out", str(staging / "book" / "runs" / name), "--timeout", str(timeout)]
+                with (root / "_build" / f"{name}.log").open("w", encoding="utf-8") as log:
+                    running[name] = subprocess.Popen(
+                        command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+                    )
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if running.pop(name).returncode:
+                    said = (root / "_build" / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
+                    raise RunError("\n".join([f"{name}:", *said[-4:]]))
+                here = staging / "book" / "runs" / name
+                _move(here / "results", staging / "results")
+                shutil.rmtree(here / "results")
+                for path in here.glob("*.ipynb"):
+                    _relink(path, staging / "notebooks")
+            time.sleep(0.2)
+    finally:
+        for process in running.values():
+            process.kill()
+
+
 def stage(root: Path) -> Path:
     """A fresh _build/staging with a copy of all that the book is made of: configuration, prose, notebooks, records.
 
@@ -400,17 +450,43 @@ def stage(root: Path) -> Path:
             shutil.copytree(root / folder, staging / folder, ignore=hidden)
     contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
     runs = sorted((staging / "book" / "runs").glob("*/*.ipynb"))
-    if runs:
-        for path in runs:
-            _relink(path, staging / "notebooks")
-        files = [{"file": path.relative_to(staging).with_suffix("").as_posix()} for path in runs]
-        contents["parts"].append({"caption": "The same on other models", "chapters": files})
+    for path in runs:
+        _relink(path, staging / "notebooks")
+    parts = []
+    for folder in dict.fromkeys(path.parent for path in runs):
+        write(folder / "index.md", _card(folder.name))
+        files = [{"file": path.relative_to(staging).with_suffix("").as_posix()} for path in [*folder.glob("*.ipynb")]]
+        files.sort(key=lambda entry: entry["file"])
+        parts.append({"file": (folder / "index").relative_to(staging).as_posix(), "sections": files})
+    if parts:
+        contents["parts"].append({"caption": "The same on other models", "chapters": parts})
     write(staging / "_toc.yml", yaml.safe_dump(contents, sort_keys=False))
     return staging
 
 
+def _card(model: str) -> str:
+    """The page of a model that the chapters were run on: its card, where it comes with the package."""
+    from kncore.models import SHIPPED
+
+    card = SHIPPED / model / "README.md"
+    if not card.is_file():
+        return f"# {model}\n\nThe chapters of this book, run on this model.\n"
+    title, _, rest = card.read_text(encoding="utf-8").partition("\n")
+    return f"{title}\n\nThe chapters of this book, run on a model of our own. Its card:\n{rest}"
+
+
+def _files(entries: Sequence[Mapping]) -> Iterator[str]:
+    """The pages of a part of the contents, with those below them."""
+    for entry in entries:
+        yield entry["file"]
+        yield from _files(entry.get("sections", ()))
+
+
 def _relink(run: Path, notebooks: Path) -> None:
-    """Make the relative links of a run, which were written in notebooks/, lead where they lead from there."""
+    """Make the relative links of a run, which were written in notebooks/, lead where they lead from there.
+
+    Labels are left to the chapter: two pages cannot have the same one.
+    """
 
     def target(match: re.Match) -> str:
         here, there = run.parent / match[0], notebooks / match[0]
@@ -421,6 +497,7 @@ def _relink(run: Path, notebooks: Path) -> None:
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(?<=\]\()[^)\s:#]+", target, cell.source)
+            cell.source = re.sub(r"^\([\w-]+\)=\n", "", cell.source, flags=re.MULTILINE)
     write(run, stored.dumps(nb))
 
 
@@ -428,18 +505,26 @@ def _relink(run: Path, notebooks: Path) -> None:
 
 
 def generate(staging: Path) -> None:
-    """Write what the pages of book/ include from book/generated/: table of claims, matrix, provenance."""
+    """Write what the pages of book/ include from book/generated/: table of claims, matrix, provenance, models not run."""
     folder = staging / "book" / "generated"
-    write(folder / "claims.md", claims_table(staging / "results"))
+    write(folder / "claims.md", claims_table(staging / "results", beside=False))
     write(folder / "matrix.md", claims_matrix(staging))
     write(folder / "provenance.md", provenance(staging / "results"))
+    write(folder / "hub.md", not_run(staging / "results"))
 
 
-def claims_table(results: Path) -> str:
-    """The claims and their verdicts as a Markdown table, made from the records below `results`."""
+def claims_table(results: Path, beside: bool = True) -> str:
+    """The claims and their verdicts as a Markdown table, made from the records below `results`.
+
+    Without `beside`, the models of `BESIDE` are left out wherever another model has a record of the claim.
+    """
     from kncore import claims
 
     frame = claims.table(results)
+    if not beside:
+        frame = frame[
+            ~frame.model.isin(BESIDE) | frame.groupby("claim").model.transform(lambda m: m.isin(BESIDE).all())
+        ]
     rows = [[str(column) for column in frame.columns], ["---"] * len(frame.columns)]
     rows += [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
@@ -456,15 +541,16 @@ def claims_matrix(staging: Path) -> str:
     records = {(told["claim"], told["model"]): told for told in claims.read(staging / "results")}
     found = {chapter.number: chapter for chapter in chapters(staging)}
     contents = yaml.safe_load((staging / "_toc.yml").read_text(encoding="utf-8"))
-    pages = {chapter["file"] for part in contents["parts"] for chapter in part["chapters"]}
-    own = {str(chapter.defaults.get("model")) for chapter in found.values()}
+    pages = {page for part in contents["parts"] for page in _files(part["chapters"])}
+    own = {str(chapter.defaults["model"]) for chapter in found.values() if "model" in chapter.defaults}
     models = [*sorted(own), *sorted({model for _, model in records} - own)]
 
     def linked(word: str, number: str, model: str | None = None) -> str:
         if number not in found:
             return word
         name, default = found[number].path.stem, found[number].defaults.get("model")
-        page = f"notebooks/{name}" if model in (None, default) else f"book/runs/{slug(model)}/{name}"
+        here = model in (None, default) or _compares(found[number])
+        page = f"notebooks/{name}" if here else f"book/runs/{slug(model)}/{name}"
         return f"[{word}]({Path(os.path.relpath(page, 'book')).as_posix()}.ipynb)" if page in pages else word
 
     def cell(claim: claims.Claim, model: str) -> list[str]:
@@ -482,6 +568,19 @@ def claims_matrix(staging: Path) -> str:
         told = [_text(claim.statement), f"[{chapter}, {_code(claim.id)}: {_text(claim.metric)}]{{.metric}}"]
         rows.append([told, *(cell(claim, model) for model in models)])
     return _list_table(rows, "matrix", stub=True)
+
+
+def not_run(results: Path) -> str:
+    """The hub models of the registry that have no record, as Markdown: each with the command that runs the chapters."""
+    from kncore import claims, models
+
+    ran = {told["model"] for told in claims.read(results)}
+    rows = [["Model", "Revision", "Not run here; this runs it"]]
+    for name, entry in models.REGISTRY.items():
+        if isinstance(entry, models.Hub) and name not in ran:
+            command = f"python -m kncore run --model {name}"
+            rows.append([_code(name), _code(entry.revision[:8]), _code(command)])
+    return _list_table(rows, "hub") if rows[1:] else "All have been run.\n"
 
 
 def provenance(results: Path) -> str:
@@ -515,7 +614,7 @@ def readme(root: Path) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UsageError(f"{path} must hold {BEGIN} and {END} once each, in this order")
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{claims_table(root / 'results')}{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{claims_table(root / 'results', beside=False)}{END}{rest.split(END)[1]}"
 
 
 def _cell(value: object) -> str:

@@ -61,7 +61,7 @@ HYPER = {
 
 def hyper(lm: LM) -> Hyper:
     """The known hyperparameters of a model; for others, the published ones at a sixth of the model's depth."""
-    return HYPER.get(lm.name, Hyper(len(lm.blocks) // 6, covariance="text" if lm.spec.masked else "samples"))
+    return HYPER.get(lm.name, Hyper(-(-len(lm.blocks) // 6), covariance="text" if lm.spec.masked else "samples"))
 
 
 @dataclass(frozen=True)

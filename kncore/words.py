@@ -15,7 +15,7 @@ Beautiful Data, 2009). A corpus of one's own, a folder of text files, can take i
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -123,18 +123,26 @@ def counts(folder: str | Path | None = None) -> Counts:
     paths = sorted(Path(folder).rglob("*.txt"))
     if not paths:
         raise FileNotFoundError(f"no .txt file in {str(folder)!r}; name a folder of plain text files, or none")
-    unigrams, pairs = Counter(), Counter()
+    texts = []
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8-sig").lower().replace("\u2019", "'")
+            texts.append(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
-        for stretch in re.split(r"[^\w\s']+|\n\s*\n", text):
+    found = count(texts)
+    if not found.total:
+        raise ValueError(f"the .txt files in {str(folder)!r} hold no word")
+    return found
+
+
+def count(texts: Iterable[str]) -> Counts:
+    """The counts of given texts, as of a folder's files in `counts`."""
+    unigrams, pairs = Counter(), Counter()
+    for text in texts:
+        for stretch in re.split(r"[^\w\s']+|\n\s*\n", text.lower().replace("\u2019", "'")):
             found = re.findall(r"\w+(?:'\w+)*", stretch)
             unigrams.update(found)
             pairs.update(map(" ".join, pairwise(found)))
-    if not unigrams:
-        raise ValueError(f"the .txt files in {str(folder)!r} hold no word")
     return Counts(unigrams, pairs, total=unigrams.total(), floor=1)
 
 

@@ -11,9 +11,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kncore import Query, models, tokens
+from kncore import Query, models, predictions, tokens
 from kncore.arch import spec_for
 from kncore.models import DEFAULT, REGISTRY, Wheel, load
 
@@ -407,3 +408,128 @@ def test_checkpoints_as_old_as_the_hubs_load_whole(tmp_path, family):
         weights |= {"cls.seq_relationship.weight": torch.zeros(2, 16), "cls.seq_relationship.bias": torch.zeros(2)}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(load(tmp_path).model(IDS).logits, model(IDS).logits)
+
+
+# Models that come with the package, whole or on top of an encoder from a wheel.
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHIPPED", tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+@pytest.mark.parametrize("family, name", [("bert", "controlled-bert"), ("gpt2", "controlled-gpt2-2")])
+def test_a_model_that_comes_with_the_package_loads_by_its_name_as_float32(family, name, shipped, monkeypatch):
+    monkeypatch.setattr(models, "_download", lambda *_: pytest.fail("downloaded although it is in the package"))
+    model = tiny.model(family).half()
+    model.save_pretrained(shipped / name)
+    tiny.tokenizer(spec_for(family).masked).save_pretrained(shipped / name)
+    lm = load(name)
+    assert (lm.name, lm.dtype, lm.revision) == (name, torch.float32, load(shipped / name).revision)
+    assert torch.equal(lm.model(IDS).logits, model.float()(IDS).logits)
+    assert models.fetch(name) == shipped / name
+    rewrite(shipped / name, layer_norm_eps=1e-3, layer_norm_epsilon=1e-3)
+    assert load(name).revision != lm.revision
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("controlled-bert", "`make models`"),
+        ("controlled-llama-1", "`make models`"),
+        ("minilm-mlm", "training/natural.py"),
+    ],
+)
+def test_weights_that_are_not_in_the_package_name_the_command_that_makes_them(name, how, shipped):
+    (shipped / "controlled-bert").mkdir(parents=True)
+    with pytest.raises(
+        OSError, match=f"'{name}' should come with this package, but .*{name} has no weights; {how} makes"
+    ):
+        load(name)
+
+
+@pytest.fixture
+def split(shipped, cache, tmp_path, monkeypatch):
+    """A tiny BERT: blocks and head in the package, embeddings (and another model's blocks) in an encoder's wheel."""
+    source, other = tiny.model("bert").half(), tiny.model("bert", seed=1)
+    other.bert.embeddings.load_state_dict(source.bert.embeddings.state_dict())
+    other.bert.save_pretrained(tmp_path / "encoder")
+    tiny.tokenizer(masked=True).save_pretrained(tmp_path / "encoder")
+    archive = tmp_path / "tiny-1-py3-none-any.whl"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        bundle.writestr("tiny/model_of_someone_else.py", "raise SystemExit('this was run')\n")
+        for file in (tmp_path / "encoder").iterdir():
+            bundle.write(file, f"tiny/model/{file.name}")
+    entry = models.Shipped(Wheel("tiny==1", hashlib.sha256(archive.read_bytes()).hexdigest(), "tiny/model/"))
+    monkeypatch.setitem(models.REGISTRY, "tiny", entry)
+
+    def ship(lacking="embeddings"):
+        (shipped / "tiny").mkdir(parents=True, exist_ok=True)
+        source.config.save_pretrained(shipped / "tiny")
+        weights = {n: w for n, w in source.state_dict().items() if lacking not in n and "decoder" not in n}
+        save_file(weights, shipped / "tiny" / "model.safetensors", metadata={"format": "pt"})
+
+    ship()
+    calls = []
+    monkeypatch.setattr(models, "_download", lambda wheel, folder: calls.append(wheel) or archive)
+    return SimpleNamespace(source=source.float(), entry=entry, calls=calls, ship=ship, folder=shipped / "tiny")
+
+
+def test_blocks_and_head_of_the_package_meet_the_embeddings_of_the_wheel_once(split, cache):
+    first, second = load("tiny"), load("tiny")
+    assert split.calls == [split.entry.base]
+    for lm in (first, second):
+        assert lm.name == "tiny" and lm.dtype == torch.float32 and lm.spec.family == "bert"
+        assert torch.equal(lm.model(IDS).logits, split.source(IDS).logits)
+        assert tokens.encode(lm, Query("the capital of [MASK] is", "France")).target == (
+            tiny.tokenizer(True).vocab["France"],
+        )
+    assert left(cache) == [f"tiny-{first.revision}"]
+    assert sorted(p.suffix for p in (cache / f"tiny-{first.revision}").glob("model*")) == [".safetensors"]
+
+
+def test_new_weights_in_the_package_or_another_wheel_are_another_revision(split, cache, monkeypatch):
+    before = load("tiny").revision
+    with torch.no_grad():
+        split.source.cls.predictions.bias[5] += 9
+    split.ship()
+    after = load("tiny")
+    assert after.revision != before
+    assert torch.equal(after.model(IDS).logits, split.source(IDS).logits)
+    other = models.Shipped(Wheel("tiny==1", "0" * 64, "tiny/model/"))
+    monkeypatch.setitem(models.REGISTRY, "tiny", other)
+    with pytest.raises(OSError, match="expected 0000.*not the pinned file"):
+        load("tiny")
+    assert left(cache) == sorted([f"tiny-{before}", f"tiny-{after.revision}"])
+
+
+def test_weights_that_neither_the_package_nor_the_wheel_has_are_missed(split):
+    split.ship(lacking="cls.")
+    with pytest.raises(ValueError, match="lacks the weights of cls.predictions.*would be random"):
+        load("tiny")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_completion_that_fails_half_way_leaves_nothing(name, split, cache):
+    split.folder.joinpath(name).write_bytes(b"{")
+    with pytest.raises((OSError, ValueError, SafetensorError)):
+        load("tiny")
+    assert left(cache) == []
+
+
+@pytest.mark.model
+def test_the_masked_model_of_natural_english_loads_and_agrees_in_number(monkeypatch):
+    if not (models.SHIPPED / "minilm-mlm").is_dir():
+        pytest.skip("minilm-mlm is not in this package yet; training/natural.py trains it")
+    if not (models.cache_folder() / "models" / f"minilm-mlm-{models._revision('minilm-mlm')}").is_dir():
+        pytest.skip("minilm-mlm is not in the cache; `make install` puts it there")
+    monkeypatch.setattr(models, "_download", lambda *_: pytest.fail("downloaded although it is in the cache"))
+    lm = load("minilm-mlm")
+    assert (len(lm.blocks), lm.n_neurons, lm.model.config.hidden_size) == (6, 1536, 384)
+    assert lm.model.cls.predictions.decoder.weight is lm.model.bert.embeddings.word_embeddings.weight
+    pairs = [
+        ("She bought [MASK] books yesterday.", "these", "this"),
+        ("She bought [MASK] book yesterday.", "this", "these"),
+    ]
+    assert all(predictions.predict(lm, [Query(prompt, good, foil=bad) for prompt, good, bad in pairs]).prefers)

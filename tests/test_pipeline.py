@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from myst_parser.parsers.docutils_ import Parser
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kncore import __main__, claims, pipeline, stored
+from kncore import __main__, claims, models, pipeline, stored
 from kncore.stats import Estimate
 
 PARAMETERS = 'model = "tiny"\nn = 2\nscale = 0.5'
@@ -316,8 +316,74 @@ def test_staging_copies_and_adds_the_runs_on_other_models(toy):
     before = snapshot(toy)
     staging = pipeline.stage(toy)
     assert (staging / "book" / "index.md").read_text() == "# Toy\n"
-    assert "book/runs/other/01-toy" in (staging / "_toc.yml").read_text()
+    contents = yaml.safe_load((staging / "_toc.yml").read_text())
+    below = [{"file": "book/runs/other/01-toy"}]
+    assert contents["parts"][-1]["chapters"] == [{"file": "book/runs/other/index", "sections": below}]
+    assert (staging / "book" / "runs" / "other" / "index.md").read_text().startswith("# other\n")
     assert {name: data for name, data in snapshot(toy).items() if not name.startswith("_build")} == before
+
+
+def test_the_page_of_a_model_that_comes_with_the_package_is_its_card(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHIPPED", tmp_path / "weights")
+    (tmp_path / "weights" / "known").mkdir(parents=True)
+    (tmp_path / "weights" / "known" / "README.md").write_text("# known\n\nMade of sugar.\n")
+    (toy / "_config.yml").write_text("title: Toy\n")
+    (toy / "book" / "runs" / "known").mkdir(parents=True)
+    shutil.copy(toy / "notebooks" / "01-toy.ipynb", toy / "book" / "runs" / "known")
+    page = (pipeline.stage(toy) / "book" / "runs" / "known" / "index.md").read_text()
+    assert page.startswith("# known\n") and page.endswith("Made of sugar.\n") and page.count("# ") == 1
+
+
+def test_a_chapter_that_compares_models_is_given_one_and_has_no_run_of_its_own(tmp_path):
+    compares = notebook("print(models)")
+    compares.cells[1].source = 'models = "tiny,other"'
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook(COMPUTE), n02_both=compares)
+    written = pipeline.run(root, model="one")
+    assert [path.name for path in written] == ["01-toy.ipynb"]
+    assert not (root / "book" / "runs" / "one" / "02-both.ipynb").exists()
+    pipeline.run(root, model="one", only=["02"], out=tmp_path / "out")
+    ran = nbformat.read(tmp_path / "out" / "02-both.ipynb", as_version=4)
+    assert ran.cells[-1].outputs[0].text == "one\n"
+
+
+def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeypatch):
+    source = COMPUTE.replace('"tiny")', "model)")
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook(source))
+    (root / "_config.yml").write_text("title: Toy\n")
+    monkeypatch.setattr(pipeline, "BESIDE", ("one", "two", "three"))
+    for name in ("one", "two"):
+        (root / "book" / "runs" / name).mkdir(parents=True)
+        shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / name)
+    staging = pipeline.stage(root)
+    pipeline._run_beside(root, staging, 60)
+    for name in ("one", "two"):
+        ran = nbformat.read(staging / "book" / "runs" / name / "01-toy.ipynb", as_version=4)
+        assert ran.cells[-1].outputs[0].text.startswith(f"{name} 0.0")
+        assert (staging / "results" / name / "claim.json").is_file()
+        assert not (staging / "book" / "runs" / name / "results").exists()
+    assert not (staging / "book" / "runs" / "three").exists()
+
+
+def test_a_model_beside_that_fails_is_named_with_its_cell(tmp_path, monkeypatch):
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook("1 / 0"))
+    (root / "_config.yml").write_text("title: Toy\n")
+    monkeypatch.setattr(pipeline, "BESIDE", ("one",))
+    (root / "book" / "runs" / "one").mkdir(parents=True)
+    shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "one")
+    with pytest.raises(pipeline.RunError, match=r"(?s)one:.*cell 4 .*ZeroDivisionError"):
+        pipeline._run_beside(root, pipeline.stage(root), 60)
+
+
+def test_a_label_stays_with_the_chapter(toy):
+    (toy / "_config.yml").write_text("title: Toy\n")
+    (toy / "book" / "runs" / "other").mkdir(parents=True)
+    nbformat.write(
+        new_notebook(cells=[new_markdown_cell("(there)=\n## There\n\n(not) = one")]),
+        toy / "book" / "runs" / "other" / "01-toy.ipynb",
+    )
+    staging = pipeline.stage(toy)
+    cell = nbformat.read(staging / "book" / "runs" / "other" / "01-toy.ipynb", as_version=4).cells[0]
+    assert cell.source == "## There\n\n(not) = one"
 
 
 def test_the_links_of_a_run_lead_where_they_led_in_the_notebook(toy):
@@ -482,6 +548,14 @@ def test_provenance_has_a_row_for_each_record(staging, monkeypatch):
     assert rows[1][-1] == "2026-03-04"
 
 
+def test_hub_models_without_a_record_have_the_command_that_runs_them(staging, monkeypatch):
+    put(staging / "results", "fact-has-neurons", "gpt2", monkeypatch)
+    pipeline.generate(staging)
+    rows = {row[0].get_text(): row[-1].get_text() for row in body(shown(staging, "hub.md"))}
+    hub = [name for name, entry in models.REGISTRY.items() if isinstance(entry, models.Hub)]
+    assert rows == {name: f"python -m kncore run --model {name}" for name in hub if name != "gpt2"}
+
+
 def test_without_records_the_matrix_says_that_nothing_has_been_run(staging):
     pipeline.generate(staging)
     page = shown(staging, "matrix.md")
@@ -504,7 +578,7 @@ def test_generated_text_is_shown_as_it_is(tmp_path_factory, text):
 
 
 def test_the_readme_keeps_all_but_its_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "claims_table", lambda _: "| new |\n")
+    monkeypatch.setattr(pipeline, "claims_table", lambda *_, **__: "| new |\n")
     path = tmp_path / "README.md"
     path.write_text(f"before\n{pipeline.BEGIN}\nold\n{pipeline.END}\nafter\n")
     assert pipeline.readme(tmp_path) == f"before\n{pipeline.BEGIN}\n| new |\n{pipeline.END}\nafter\n"

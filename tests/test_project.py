@@ -39,7 +39,7 @@ def texts() -> list[Path]:
         paths = [ROOT / line for line in listed]
     else:
         paths = [path for path in ROOT.rglob("*") if not {"_build", ".venv"} & set(path.relative_to(ROOT).parts)]
-    own = [path for path in paths if "mathjax" not in path.parts and path.suffix not in {".woff", ".png", ".gz"}]
+    own = [path for path in paths if "mathjax" not in path.parts and path.suffix not in {".woff", ".png", ".gz", ".safetensors"}]
     return [path for path in own if path.is_file() and path.stat().st_size < 5_000_000]
 
 
