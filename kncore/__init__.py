@@ -8,7 +8,7 @@ From the ground floor up; a module imports from the floors below its own only.
 4. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores ·
    `cases` what is asked after an edit
 5. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons ·
-   `effects` of many edits · `covariance` of keys
+   `effects` of many edits · `covariance` of keys · `corpus` sentences whose every count is known
 6. `tracing` of causes · `rome`, `memit`, `finetune`: what an edit of weights is
 7. `editors` by name, and their store
 8. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables

@@ -418,8 +418,7 @@ CLAIMS: dict[str, Claim] = {
             "09",
             "The effect of suppressing the neurons of number follows how often determiner and noun went together.",
             "4",
-            "loss of log-odds, in nats for each doubling of the pair's count in the training text, given the noun's other "
-            "occurrences",
+            "loss of log-odds, in nats per doubling of the pair's count in training, given other occurrences",
             "above",
             0.0,
             30,

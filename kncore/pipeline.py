@@ -28,7 +28,12 @@ from kncore import stored
 EPOCH = "1714694400"  # the day the paper appeared; figures and pages carry it instead of the time of the run
 TIMEOUT = 3600
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
-BESIDE = ("controlled-gpt2", "controlled-llama", "controlled-bert")  # models that `book` runs beside the notebooks' own
+BESIDE = (
+    "controlled-gpt2",
+    "controlled-llama",
+    "controlled-bert",
+    "minilm-mlm",
+)  # models that `book` runs beside the notebooks' own
 Scalar = str | int | float | bool | None
 
 
@@ -402,17 +407,17 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
 
 
 def _run_beside(root: Path, staging: Path, timeout: int) -> None:
-    """Run the chapters on the models of `BESIDE` whose runs the book has, one process for each, with one thread.
+    """Run again those chapters on the models of `BESIDE` that the book has, one process for each, with one thread.
 
     Raises RunError where one fails; the others are stopped.
     """
     waiting = [name for name in BESIDE if (staging / "book" / "runs" / name).is_dir()]
-    numbers = ",".join(chapter.number for chapter in chapters(root) if not _compares(chapter))
     running: dict[str, subprocess.Popen] = {}
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 name = waiting.pop(0)
+                numbers = ",".join(sorted(path.name[:2] for path in (staging / "book" / "runs" / name).glob("*.ipynb")))
                 print(f"{name}, chapters {numbers} ...", flush=True)
                 command = [sys.executable, "-m", "kncore", "run", "--model", name, "--only", numbers]
                 command += ["--out", str(staging / "book" / "runs" / name), "--timeout", str(timeout)]
@@ -505,7 +510,7 @@ def _relink(run: Path, notebooks: Path) -> None:
 
 
 def generate(staging: Path) -> None:
-    """Write what the pages of book/ include from book/generated/: table of claims, matrix, provenance, models not run."""
+    """Write what the pages of book/ include from book/generated/."""
     folder = staging / "book" / "generated"
     write(folder / "claims.md", claims_table(staging / "results", beside=False))
     write(folder / "matrix.md", claims_matrix(staging))

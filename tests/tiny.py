@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -50,7 +52,7 @@ def model(family: str, seed: int = 0, scale: float = 8.0):
     """A model with weights larger than at initialisation, so that its predictions are far from uniform."""
     torch.manual_seed(seed)
     auto = transformers.AutoModelForMaskedLM if spec_for(family).masked else transformers.AutoModelForCausalLM
-    built = auto.from_config(CONFIGS[family])
+    built = auto.from_config(copy.deepcopy(CONFIGS[family]))  # saving a model writes its dtype into its configuration
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.dim() > 1:

@@ -29,6 +29,7 @@ SHAPES = ((192, 16), (128, 24), (32, 96))  # sequences in a batch, tokens in a s
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # epochs, learning rate, warm-up (share of the steps)
 PLAN = {"gpt2": (3, 2e-3, 0.05), "llama": (3, 2e-3, 0.05), "bert": (7, 1e-3, 0.1)}
+PATIENCE = 60  # seconds between checkpoints
 MASKED = {"target": 0.8, "other": 0.12}
 
 
@@ -117,6 +118,7 @@ def prepare(kind: str, ids, aims, rng: torch.Generator):
 
 def train(kind: str, seed: int, scratch: Path, epochs: int, rate: float, warm: float):
     """The trained model, its tokenizer and the log (step, tokens, seconds, loss in nats per predicted token)."""
+    scratch.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     tok = tokenizer(kind)
     model = fresh(kind, len(tok))
@@ -159,7 +161,7 @@ def train(kind: str, seed: int, scratch: Path, epochs: int, rate: float, warm: f
                 tokens = step * SHAPES[0][0] * SHAPES[0][1]
                 log.append([step, tokens, round(seconds), round(sum(losses) / len(losses), 4)])
                 losses = []
-                if seconds - told > 60 or step == total:
+                if seconds - told > PATIENCE or step == total:
                     told = seconds
                     print(f"{kind} {seed}: step {step} of {total}, loss {log[-1][-1]:.3f}, {seconds:.0f} s", flush=True)
                     kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -249,7 +251,6 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("_build/training"), help="where checkpoints are kept")
     parser.add_argument("--epochs", type=int, help="another number of passes over the corpus")
     chosen = parser.parse_args()
-    chosen.scratch.mkdir(parents=True, exist_ok=True)
     chosen.out.mkdir(parents=True, exist_ok=True)
     epochs, rate, warm = PLAN[chosen.kind]
     model, tok, log = train(chosen.kind, chosen.seed, chosen.scratch, chosen.epochs or epochs, rate, warm)
