@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import functools
 import os
 import re
 import shutil
@@ -516,6 +517,7 @@ def generate(staging: Path) -> None:
     write(folder / "matrix.md", claims_matrix(staging))
     write(folder / "provenance.md", provenance(staging / "results"))
     write(folder / "hub.md", not_run(staging / "results"))
+    write(folder / "corpus.md", corpus_table())
 
 
 def claims_table(results: Path, beside: bool = True) -> str:
@@ -586,6 +588,24 @@ def not_run(results: Path) -> str:
             command = f"python -m kncore run --model {name}"
             rows.append([_code(name), _code(entry.revision[:8]), _code(command)])
     return _list_table(rows, "hub") if rows[1:] else "All have been run.\n"
+
+
+@functools.cache
+def corpus_table() -> str:
+    """What the controlled corpus holds, counted, as Markdown."""
+    from kncore import corpus
+
+    words = [corpus.split(text) for text, _ in corpus.sentences()]
+    pairs, world = corpus.pairs(), corpus.world()
+    groups = [(f"capitals, {group}", told) for group, told in world.capital.items()]
+    groups += [(f"fields, {group}", told) for group, told in world.field.items()]
+    rows = [["Of", "How many"], ["sentences", len(words)], ["words and marks", sum(map(len, words))]]
+    rows += [["different ones", len({word for some in words for word in some})]]
+    rows += [["pairs of demonstrative and noun", len(pairs)], ["occurrences of them", sum(p.count for p in pairs)]]
+    rows += [["pairs held out, of real nouns", sum(p.held_out for p in pairs if p.kind != "invented")]]
+    rows += [[f"invented facts: {name.replace('_', ' ')}", len(told.pairs)] for name, told in groups]
+    rows += [["times that each of them is stated from a side", corpus.TIMES]]
+    return _list_table([[name, n if isinstance(n, str) else f"{n:,}"] for name, n in rows], "corpus")
 
 
 def provenance(results: Path) -> str:
