@@ -189,6 +189,7 @@ def run(
         (root / "_build").mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="run-", dir=root / "_build") as scratch:
             executed = _execute(chapter, changed, Path(scratch), records, timeout)
+            _drop_copies(Path(scratch) / "results", Path(scratch) / "before")
             places = {scratch: ".", str(root): ".", str(Path.home()): "~", **names}
             notebook = stored.finalise(executed, places)
             _move(Path(scratch) / "results", records)
@@ -233,10 +234,11 @@ def _execute(
     source, target = scratch / "notebooks" / chapter.path.name, scratch / chapter.path.name
     source.parent.mkdir()
     shutil.copy(chapter.path, source)
-    if records.is_dir():
-        shutil.copytree(records, scratch / "results")
-    else:
-        (scratch / "results").mkdir()
+    for copy in ("results", "before"):
+        if records.is_dir():
+            shutil.copytree(records, scratch / copy)
+        else:
+            (scratch / copy).mkdir()
     environment = kernel_environment(scratch, scratch / "results")
     if "model" not in parameters:
         environment["HF_HUB_OFFLINE"] = "1"
@@ -347,6 +349,14 @@ def write(path: Path, text: str) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _drop_copies(results: Path, before: Path) -> None:
+    """Leave only what a run wrote: what it was given would overwrite records that another run made in the meantime."""
+    for path in [path for path in results.rglob("*") if path.is_file()]:
+        old = before / path.relative_to(results)
+        if old.is_file() and old.read_bytes() == path.read_bytes():
+            path.unlink()
 
 
 def _move(source: Path, target: Path) -> None:

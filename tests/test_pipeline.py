@@ -346,6 +346,17 @@ def test_a_chapter_that_compares_models_is_given_one_and_has_no_run_of_its_own(t
     assert ran.cells[-1].outputs[0].text == "one\n"
 
 
+def test_a_run_leaves_the_records_that_another_one_made_meanwhile(tmp_path):
+    meanwhile = tmp_path / "toy" / "results" / "other" / "claim.json"
+    source = COMPUTE + f"\n_ = pathlib.Path({str(meanwhile)!r}).write_text('newer')"
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook(source))
+    meanwhile.parent.mkdir(parents=True)
+    meanwhile.write_text("older")
+    pipeline.run(root)
+    assert meanwhile.read_text() == "newer"
+    assert (root / "results" / "tiny" / "claim.json").is_file()
+
+
 def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeypatch):
     source = COMPUTE.replace('"tiny")', "model)")
     root = make_checkout(tmp_path / "toy", n01_toy=notebook(source))
