@@ -176,7 +176,7 @@ def evaluate(lm) -> pd.DataFrame:
     masked, here = lm.spec.masked, corpus.world()
     rows = []
 
-    def add(what, queries, clusters=None):
+    def add(what, queries):
         right = predictions.predict(lm, queries).prefers
         rows.append([what, stats.share(right.tolist(), [query.item for query in queries])])
 
@@ -226,8 +226,8 @@ on nothing else. It is an instrument for questions about what a model has seen. 
 - **Data**: `python -c "from kncore import corpus; corpus.write('corpus')"` writes it, with its exact counts.
 - **Training**: `python training/controlled.py {kind} --seed {seed}`: {epochs} epochs, {int(log.tokens.iloc[-1]):,}
   tokens with padding, AdamW in bfloat16 autocast, rate {rate:g} after a warm-up over {warm:.0%} of the steps, falling
-  linearly to zero. The last loss was {log.loss.iloc[-1]:.3f} nats (training.tsv). A new run gives other bits, and the
-  same evaluation within its interval.
+  linearly to zero. The last loss was {log.loss.iloc[-1]:.3f} nats (training.tsv). A new run gives other bits; how
+  far its evaluation differs was not measured.
 - **Weights**: float16, sha256 `{digest}`.
 
 | asked | n | right | 95 % interval |
