@@ -64,7 +64,7 @@ def _command(options: argparse.Namespace) -> int:
         print(models.fetch(options.name) if options.name else models.fetch())
         return 0
 
-    from kncore import pipeline
+    from kncore import book, pages, pipeline
 
     root = pipeline.find_root()
     if options.command == "run":
@@ -81,10 +81,10 @@ def _command(options: argparse.Namespace) -> int:
             print(path)
     elif options.command in ("book", "render"):
         execute = options.command == "book"
-        page = pipeline.book(root, execute=execute, **({"timeout": options.timeout} if execute else {}))
+        page = book.book(root, execute=execute, **({"timeout": options.timeout} if execute else {}))
         print(f"open {page}")
     elif options.command == "readme":
-        pipeline.write(root / "README.md", pipeline.readme(root))
+        pipeline.write(root / "README.md", pages.readme(root))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""From notebooks to pages: run them in a scratch folder, store what succeeded, render the book from a staging folder.
+"""Run notebooks: in a scratch folder, with parameters checked before anything starts; what succeeded is stored.
 
 A checkout holds notebooks/NN-*.ipynb (one chapter each), results/ (one record per claim and model) and book/ (prose).
 Nothing here writes into a tracked folder before a run has succeeded.
@@ -9,11 +9,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import functools
 import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +25,6 @@ from kncore import stored
 
 EPOCH = "1714694400"  # the day the paper appeared; figures and pages carry it instead of the time of the run
 TIMEOUT = 3600
-BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 BESIDE = (
     "controlled-gpt2",
     "controlled-llama",
@@ -177,7 +173,7 @@ def run(
         names[str(Path(given["model"]).resolve())] = slug(given["model"])
         given["model"] = str(Path(given["model"]).resolve())
     if model is not None and out is None:
-        selected = [chapter for chapter in selected if not _compares(chapter)]
+        selected = [chapter for chapter in selected if not compares(chapter)]
     for chapter in selected:
         check_parameters(chapter, _given(chapter, given))
 
@@ -192,21 +188,21 @@ def run(
             _drop_copies(Path(scratch) / "results", Path(scratch) / "before")
             places = {scratch: ".", str(root): ".", str(Path.home()): "~", **names}
             notebook = stored.finalise(executed, places)
-            _move(Path(scratch) / "results", records)
+            move(Path(scratch) / "results", records)
             written.append(write(folder / chapter.path.name, stored.dumps(notebook)))
         for problem in stored.problems(notebook):
             print(f"  note: {chapter.path.name}: {problem}", file=sys.stderr)
     return written
 
 
-def _compares(chapter: Chapter) -> bool:
+def compares(chapter: Chapter) -> bool:
     """Whether a chapter sets models side by side (its parameter is `models`), and so has no run of its own for each."""
     return "models" in chapter.defaults and "model" not in chapter.defaults
 
 
 def _given(chapter: Chapter, given: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The parameters as the chapter names them: one that compares models is given the only one."""
-    return {"models" if name == "model" and _compares(chapter) else name: value for name, value in given.items()}
+    return {"models" if name == "model" and compares(chapter) else name: value for name, value in given.items()}
 
 
 def _destination(
@@ -359,7 +355,7 @@ def _drop_copies(results: Path, before: Path) -> None:
             path.unlink()
 
 
-def _move(source: Path, target: Path) -> None:
+def move(source: Path, target: Path) -> None:
     """Every file below `source` into its place below `target`, each whole or not at all, across file systems too."""
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         place = target / path.relative_to(source)
@@ -369,299 +365,3 @@ def _move(source: Path, target: Path) -> None:
         beside = place.with_name(f".{place.name}.tmp")
         shutil.copyfile(path, beside)
         os.replace(beside, place)
-
-
-# ------------------------------------------------------------------------------------------------ the book
-
-
-def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
-    """Render the book into _build/html from a staging folder; with `execute` the notebooks are run there first.
-
-    So are, several at once, those of the models that are trained here (`BESIDE`). The tracked files are only read. A
-    record that says what the tracked one says keeps that one's date; one of these models that no notebook makes any
-    more is left out. Raises RunError where a notebook fails or the build warns; the log is in _build/book.log and the
-    pages that stood in _build/html before stay.
-    """
-    staging = stage(root)
-    if execute:
-        from kncore import claims
-
-        for name in {*BESIDE, *(str(chapter.defaults.get("model")) for chapter in chapters(root))}:
-            shutil.rmtree(staging / "results" / slug(name), ignore_errors=True)
-        run(root, out=staging / "notebooks", results=staging / "results", timeout=timeout)
-        _run_beside(root, staging, timeout)
-        claims.keep_dates(staging / "results", root / "results")
-    generate(staging)
-
-    print("rendering ...", end=" ", flush=True)
-    begun = time.monotonic()
-    log = root / "_build" / "book.log"
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
-    command += ["-n", "-W", "--keep-going", "--all", str(staging)]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": EPOCH, "PYTHONHASHSEED": "0"}
-    with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=False).returncode
-    built = staging / "_build" / "html"
-    if code or not (built / "index.html").exists():
-        print("failed", flush=True)
-        lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).splitlines()
-        marked = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
-        raise RunError("\n".join([*marked, f"The book did not build; the whole log is {log}"]))
-    target, old = root / "_build" / "html", root / "_build" / "html.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(built, target)
-    shutil.rmtree(old, ignore_errors=True)
-    print(f"{time.monotonic() - begun:.0f} s", flush=True)
-    return target / "index.html"
-
-
-def _run_beside(root: Path, staging: Path, timeout: int) -> None:
-    """Run again those chapters on the models of `BESIDE` that the book has, one process for each, with one thread.
-
-    Raises RunError where one fails; the others are stopped.
-    """
-    waiting = [name for name in BESIDE if (staging / "book" / "runs" / name).is_dir()]
-    running: dict[str, subprocess.Popen] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
-                name = waiting.pop(0)
-                numbers = ",".join(sorted(path.name[:2] for path in (staging / "book" / "runs" / name).glob("*.ipynb")))
-                print(f"{name}, chapters {numbers} ...", flush=True)
-                command = [sys.executable, "-m", "kncore", "run", "--model", name, "--only", numbers]
-                command += ["--out", str(staging / "book" / "runs" / name), "--timeout", str(timeout)]
-                with (root / "_build" / f"{name}.log").open("w", encoding="utf-8") as log:
-                    running[name] = subprocess.Popen(
-                        command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
-                    )
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                if running.pop(name).returncode:
-                    said = (root / "_build" / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
-                    raise RunError("\n".join([f"{name}:", *said[-4:]]))
-                here = staging / "book" / "runs" / name
-                _move(here / "results", staging / "results")
-                shutil.rmtree(here / "results")
-                for path in here.glob("*.ipynb"):
-                    _relink(path, staging / "notebooks")
-            time.sleep(0.2)
-    finally:
-        for process in running.values():
-            process.kill()
-
-
-def stage(root: Path) -> Path:
-    """A fresh _build/staging with a copy of all that the book is made of: configuration, prose, notebooks, records.
-
-    Runs on other models in book/runs/ join the contents as a part of their own.
-    """
-    staging = root / "_build" / "staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    shutil.copy(root / "_config.yml", staging)
-    hidden = shutil.ignore_patterns(".*", "*.tmp")
-    for folder in ("book", "notebooks", "results"):
-        if (root / folder).is_dir():
-            shutil.copytree(root / folder, staging / folder, ignore=hidden)
-    contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    runs = sorted((staging / "book" / "runs").glob("*/*.ipynb"))
-    for path in runs:
-        _relink(path, staging / "notebooks")
-    parts = []
-    for folder in dict.fromkeys(path.parent for path in runs):
-        write(folder / "index.md", _card(folder.name))
-        files = [{"file": path.relative_to(staging).with_suffix("").as_posix()} for path in [*folder.glob("*.ipynb")]]
-        files.sort(key=lambda entry: entry["file"])
-        parts.append({"file": (folder / "index").relative_to(staging).as_posix(), "sections": files})
-    if parts:
-        contents["parts"].append({"caption": "The same on other models", "chapters": parts})
-    write(staging / "_toc.yml", yaml.safe_dump(contents, sort_keys=False))
-    return staging
-
-
-def _card(model: str) -> str:
-    """The page of a model that the chapters were run on: its card, where it comes with the package."""
-    from kncore.models import SHIPPED
-
-    card = SHIPPED / model / "README.md"
-    if not card.is_file():
-        return f"# {model}\n\nThe chapters of this book, run on this model.\n"
-    title, _, rest = card.read_text(encoding="utf-8").partition("\n")
-    return f"{title}\n\nThe chapters of this book, run on a model of our own. Its card:\n{rest}"
-
-
-def _files(entries: Sequence[Mapping]) -> Iterator[str]:
-    """The pages of a part of the contents, with those below them."""
-    for entry in entries:
-        yield entry["file"]
-        yield from _files(entry.get("sections", ()))
-
-
-def _relink(run: Path, notebooks: Path) -> None:
-    """Make the relative links of a run, which were written in notebooks/, lead where they lead from there.
-
-    Labels are left to the chapter: two pages cannot have the same one.
-    """
-
-    def target(match: re.Match) -> str:
-        here, there = run.parent / match[0], notebooks / match[0]
-        moved = not here.exists() and there.exists()
-        return Path(os.path.relpath(there, run.parent)).as_posix() if moved else match[0]
-
-    nb = nbformat.read(run, as_version=4)
-    for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(r"(?<=\]\()[^)\s:#]+", target, cell.source)
-            cell.source = re.sub(r"^\([\w-]+\)=\n", "", cell.source, flags=re.MULTILINE)
-    write(run, stored.dumps(nb))
-
-
-# -------------------------------------------------------------------------------------------------- claims
-
-
-def generate(staging: Path) -> None:
-    """Write what the pages of book/ include from book/generated/."""
-    folder = staging / "book" / "generated"
-    write(folder / "claims.md", claims_table(staging / "results", beside=False))
-    write(folder / "matrix.md", claims_matrix(staging))
-    write(folder / "provenance.md", provenance(staging / "results"))
-    write(folder / "hub.md", not_run(staging / "results"))
-    write(folder / "corpus.md", corpus_table())
-
-
-def claims_table(results: Path, beside: bool = True) -> str:
-    """The claims and their verdicts as a Markdown table, made from the records below `results`.
-
-    Without `beside`, the models of `BESIDE` are left out wherever another model has a record of the claim.
-    """
-    from kncore import claims
-
-    frame = claims.table(results)
-    if not beside:
-        frame = frame[
-            ~frame.model.isin(BESIDE) | frame.groupby("claim").model.transform(lambda m: m.isin(BESIDE).all())
-        ]
-    rows = [[str(column) for column in frame.columns], ["---"] * len(frame.columns)]
-    rows += [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
-def claims_matrix(staging: Path) -> str:
-    """All declared claims × the notebooks' own model and all others with a record, as Markdown for a page in book/.
-
-    A cell holds the verdict, linked to the page of the chapter on that model where the book has one, the effect with
-    its interval, n, and what makes the record stale.
-    """
-    from kncore import claims
-
-    records = {(told["claim"], told["model"]): told for told in claims.read(staging / "results")}
-    found = {chapter.number: chapter for chapter in chapters(staging)}
-    contents = yaml.safe_load((staging / "_toc.yml").read_text(encoding="utf-8"))
-    pages = {page for part in contents["parts"] for page in _files(part["chapters"])}
-    own = {str(chapter.defaults["model"]) for chapter in found.values() if "model" in chapter.defaults}
-    models = [*sorted(own), *sorted({model for _, model in records} - own)]
-
-    def linked(word: str, number: str, model: str | None = None) -> str:
-        if number not in found:
-            return word
-        name, default = found[number].path.stem, found[number].defaults.get("model")
-        here = model in (None, default) or _compares(found[number])
-        page = f"notebooks/{name}" if here else f"book/runs/{slug(model)}/{name}"
-        return f"[{word}]({Path(os.path.relpath(page, 'book')).as_posix()}.ipynb)" if page in pages else word
-
-    def cell(claim: claims.Claim, model: str) -> list[str]:
-        told = records.get((claim.id, model))
-        if told is None:
-            return ["[not run]{.not-run}"]
-        verdict, reasons = told["verdict"], claims.stale(told)
-        said = [f"[{linked(verdict, claim.chapter, model)}]{{.{verdict}{' .outdated' * bool(reasons)}}}"]
-        said += [f"[{_text(claims.effect(told))}]{{.effect}}", f"n = {told['n']}"]
-        return said + [f"[stale: {_text('; '.join(reasons))}]{{.stale}}"] * bool(reasons)
-
-    rows = [["Claim", *map(_code, models)]]
-    for claim in claims.CLAIMS.values():
-        chapter = linked(f"Chapter {claim.chapter}", claim.chapter)
-        told = [_text(claim.statement), f"[{chapter}, {_code(claim.id)}: {_text(claim.metric)}]{{.metric}}"]
-        rows.append([told, *(cell(claim, model) for model in models)])
-    return _list_table(rows, "matrix", stub=True)
-
-
-def not_run(results: Path) -> str:
-    """The hub models of the registry that have no record, as Markdown: each with the command that runs the chapters."""
-    from kncore import claims, models
-
-    ran = {told["model"] for told in claims.read(results)}
-    rows = [["Model", "Revision", "Not run here; this runs it"]]
-    for name, entry in models.REGISTRY.items():
-        if isinstance(entry, models.Hub) and name not in ran:
-            command = f"python -m kncore run --model {name}"
-            rows.append([_code(name), _code(entry.revision[:8]), _code(command)])
-    return _list_table(rows, "hub") if rows[1:] else "All have been run.\n"
-
-
-@functools.cache
-def corpus_table() -> str:
-    """What the controlled corpus holds, counted, as Markdown."""
-    from kncore import corpus
-
-    words = [corpus.split(text) for text, _ in corpus.sentences()]
-    pairs, world = corpus.pairs(), corpus.world()
-    groups = [(f"capitals, {group}", told) for group, told in world.capital.items()]
-    groups += [(f"fields, {group}", told) for group, told in world.field.items()]
-    rows = [["Of", "How many"], ["sentences", len(words)], ["words and marks", sum(map(len, words))]]
-    rows += [["different ones", len({word for some in words for word in some})]]
-    rows += [["pairs of demonstrative and noun", len(pairs)], ["occurrences of them", sum(p.count for p in pairs)]]
-    rows += [["pairs held out, of real nouns", sum(p.held_out for p in pairs if p.kind != "invented")]]
-    rows += [[f"invented facts: {name.replace('_', ' ')}", len(told.pairs)] for name, told in groups]
-    rows += [["times that each of them is stated from a side", corpus.TIMES]]
-    return _list_table([[name, n if isinstance(n, str) else f"{n:,}"] for name, n in rows], "corpus")
-
-
-def provenance(results: Path) -> str:
-    """What each record was made from, as Markdown: one row per record."""
-    from kncore import claims
-
-    rows = [["Claim", "Model", "Revision", "Source", "Seed", "n", "Code", "kncore", "Date"]]
-    for told in claims.read(results):
-        kncore = told.get("versions", {}).get("kncore", "")
-        short = (str(told.get(name, ""))[:8] for name in ("revision", "code"))
-        revision, code = (_code(text) if text else "" for text in short)
-        plain = (told.get("source", ""), told.get("seed", ""), told["n"])
-        rows.append([_code(told["claim"]), _code(told["model"]), revision, *map(_text, plain), code])
-        rows[-1] += [_text(kncore), _text(told.get("date", "not recorded"))]
-    return _list_table(rows, "provenance") if rows[1:] else "No claim has a record yet.\n"
-
-
-def _list_table(rows: Sequence[Sequence[str | Sequence[str]]], kind: str, stub: bool = False) -> str:
-    lines = ["```{list-table}", ":header-rows: 1", f":class: {kind}", *([":stub-columns: 1"] if stub else []), ""]
-    for row in rows:
-        for bullet, cell in zip(["* -", *["  -"] * (len(row) - 1)], row, strict=True):
-            first, *rest = [cell] if isinstance(cell, str) else cell
-            lines += [f"{bullet} {first}".rstrip(), *(line for text in rest for line in ("", f"    {text}"))]
-    return "\n".join([*lines, "```"]) + "\n"
-
-
-def readme(root: Path) -> str:
-    """README.md with the table between its markers made anew from results/."""
-    path = root / "README.md"
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UsageError(f"{path} must hold {BEGIN} and {END} once each, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{claims_table(root / 'results', beside=False)}{END}{rest.split(END)[1]}"
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def _text(value: object) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(str(value).split()))
-
-
-def _code(value: str) -> str:
-    fence = "`" * (max(map(len, re.findall("`+", value)), default=0) + 1)
-    return f"{fence} {' '.join(value.split())} {fence}"

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from toy import COMPUTE, make_checkout, notebook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,3 +33,9 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     folder = tmp_path_factory.mktemp("kncore")
     monkeypatch.setenv("KNCORE_SCORES", str(folder / "scores"))
     monkeypatch.setenv("KNCORE_RESULTS", str(folder / "results"))
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A checkout with one notebook that needs no model."""
+    return make_checkout(tmp_path / "toy", n01_toy=notebook(COMPUTE))

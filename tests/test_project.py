@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kncore
-from kncore import __main__, pipeline, stored
+from kncore import __main__, pages, pipeline, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -122,7 +122,7 @@ def test_the_readme_shows_commands_that_exist():
 
 
 def test_the_readme_holds_the_verdicts_of_the_records():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == pipeline.readme(ROOT), "run `python -m kncore readme`"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == pages.readme(ROOT), "run `python -m kncore readme`"
 
 
 # -------------------------------------------------------------------------------------- what is stored

@@ -1,0 +1,35 @@
+"""A toy checkout: notebooks that need no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+PARAMETERS = 'model = "tiny"\nn = 2\nscale = 0.5'
+COMPUTE = """\
+import json, os, pathlib, sys
+print("to be dropped", file=sys.stderr)
+for i in range(n):
+    print(model, i * scale, flush=True)
+folder = pathlib.Path(os.environ["KNCORE_RESULTS"], "tiny")
+folder.mkdir(parents=True, exist_ok=True)
+_ = (folder / "claim.json").write_text(json.dumps({"n": n}))"""
+
+
+def notebook(*sources: str) -> nbformat.NotebookNode:
+    first = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    return new_notebook(cells=[new_markdown_cell("# Toy"), first, *map(new_code_cell, sources)])
+
+
+def make_checkout(folder: Path, **notebooks: nbformat.NotebookNode) -> Path:
+    (folder / "notebooks").mkdir(parents=True)
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/index\nparts: []\n")
+    for name, content in notebooks.items():
+        nbformat.write(content, folder / "notebooks" / f"{name[1:].replace('_', '-')}.ipynb")
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
