@@ -159,7 +159,7 @@ def test_every_chapter_can_be_run_on_another_model():
 
 def test_imports_point_down():
     """The floors of the package's docstring name every module, and no module imports from its own floor or above."""
-    told = re.findall(r"^(\d)\. (.+(?:\n {3}.+)*)", kncore.__doc__, re.MULTILINE)
+    told = re.findall(r"^(\d+)\. (.+(?:\n {3}.+)*)", kncore.__doc__, re.MULTILINE)
     assert [int(floor) for floor, _ in told] == list(range(1, len(told) + 1))
     named = [(name, int(floor)) for floor, text in told for name in re.findall(r"`(\w+)`", text)]
     floors = dict(named)
