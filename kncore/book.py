@@ -38,6 +38,7 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         _run_beside(root, staging, timeout)
         claims.keep_dates(staging / "results", root / "results")
     pages.generate(staging)
+    _set_beside(staging)
 
     print("rendering ...", end=" ", flush=True)
     begun = time.monotonic()
@@ -135,6 +136,59 @@ def _card(model: str) -> str:
         return f"# {model}\n\nThe chapters of this book, run on this model.\n"
     title, _, rest = card.read_text(encoding="utf-8").partition("\n")
     return f"{title}\n\nThe chapters of this book, run on a model of our own. Its card:\n{rest}"
+
+
+def _set_beside(staging: Path) -> None:
+    """Below each figure of a chapter put the same figure of the runs on other models, a closed box with a tab for each.
+
+    Two figures are the same if their captions are.
+    """
+    for chapter in sorted((staging / "notebooks").glob("*.ipynb")):
+        runs = sorted((staging / "book" / "runs").glob(f"*/{chapter.name}"), key=lambda run: _place(run.parent.name))
+        others = {run.parent: _figures(nbformat.read(run, as_version=4)) for run in runs}
+        nb = nbformat.read(chapter, as_version=4)
+        cells = []
+        for cell in nb.cells:
+            cells.append(cell)
+            told = _caption(cell)
+            tabs = []
+            for folder, figures in others.items():
+                if told in figures:
+                    picture = folder / "figures" / f"{folder.name}-{chapter.name[:2]}-{len(cells):02d}.svg"
+                    write(picture, figures[told])
+                    alt = " ".join(cell.metadata.mystnb.get("image", {}).get("alt", "").split())
+                    tabs += [
+                        f"````{{tab-item}} {folder.name}",
+                        f":sync: {folder.name}",
+                        "",
+                        f"```{{image}} {os.path.relpath(picture, chapter.parent)}",
+                    ]
+                    tabs += [f":alt: {alt or told} On {folder.name}.", ":width: 100%", ":loading: lazy", "```"]
+                    page = os.path.relpath(folder / chapter.name, chapter.parent)
+                    tabs += [f"[The whole chapter on {folder.name}]({page})", "````"]
+            if tabs:
+                opened = ["``````{dropdown} This figure on other models", ":class-container: beside", "`````{tab-set}"]
+                cells.append(nbformat.v4.new_markdown_cell("\n".join([*opened, *tabs, "`````", "``````"])))
+        nb.cells = cells
+        write(chapter, stored.dumps(stored.finalise(nb)))
+
+
+def _place(model: str) -> tuple[int, str]:
+    return (BESIDE.index(model) if model in BESIDE else len(BESIDE), model)
+
+
+def _caption(cell: nbformat.NotebookNode) -> str | None:
+    return cell.metadata.get("mystnb", {}).get("figure", {}).get("caption")
+
+
+def _figures(nb: nbformat.NotebookNode) -> dict[str, str]:
+    """The captioned vector graphics of a notebook."""
+    drawn = {}
+    for cell in nb.cells:
+        for output in cell.get("outputs", ()):
+            if _caption(cell) and "image/svg+xml" in output.get("data", {}):
+                drawn[_caption(cell)] = output.data["image/svg+xml"]
+    return drawn
 
 
 def _relink(run: Path, notebooks: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,34 @@ def test_a_model_beside_that_fails_is_named_with_its_cell(tmp_path, monkeypatch)
     shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "one")
     with pytest.raises(pipeline.RunError, match=r"(?s)one:.*cell 4 .*ZeroDivisionError"):
         book._run_beside(root, book.stage(root), 60)
+
+
+def test_a_figure_has_that_of_every_other_model_below_it(toy):
+    def drawn(path, *pictures):
+        cells = [
+            new_code_cell(
+                "plot()",
+                metadata={"mystnb": {"figure": {"caption": caption}, "image": {"alt": "Two lines."}}},
+                outputs=[new_output("display_data", {"image/svg+xml": svg, "text/plain": "figure"})],
+            )
+            for caption, svg in pictures
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(new_notebook(cells=[new_markdown_cell("# Toy"), *cells]), path)
+
+    drawn(toy / "notebooks" / "01-toy.ipynb", ("First.", "<svg>a</svg>"), ("Second.", "<svg>b</svg>"))
+    drawn(toy / "book" / "runs" / "minilm-mlm" / "01-toy.ipynb", ("Second.", "<svg>m</svg>"))
+    drawn(toy / "book" / "runs" / "controlled-gpt2" / "01-toy.ipynb", ("Second.", "<svg>g</svg>"), ("No.", "<svg/>"))
+    (toy / "_config.yml").touch()
+    staging = book.stage(toy)
+    book._set_beside(staging)
+    _, first, second, beside = nbformat.read(staging / "notebooks" / "01-toy.ipynb", as_version=4).cells
+    assert first.cell_type == second.cell_type == "code" and beside.cell_type == "markdown"
+    assert re.findall(r"tab-item} (.+)", beside.source) == ["controlled-gpt2", "minilm-mlm"]
+    pictures = [staging / "notebooks" / path for path in re.findall(r"{image} (.+)", beside.source)]
+    assert [path.read_text() for path in pictures] == ["<svg>g</svg>", "<svg>m</svg>"]
+    assert re.findall(r":alt: (.+)", beside.source) == ["Two lines. On controlled-gpt2.", "Two lines. On minilm-mlm."]
+    assert all((staging / "notebooks" / path).is_file() for path in re.findall(r"]\((.+)\)", beside.source))
 
 
 def test_a_label_stays_with_the_chapter(toy):
