@@ -16,7 +16,7 @@ from docutils.core import publish_string
 from hypothesis import example, given
 from hypothesis import strategies as st
 from myst_parser.parsers.docutils_ import Parser
-from nbformat.v4 import new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from toy import COMPUTE, make_checkout, notebook, snapshot
 
 from kncore import book, claims, models, pages, pipeline
