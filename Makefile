@@ -5,6 +5,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
+SEEDS ?= 0
 PY := .venv/bin/python
 STAMP := .venv/.installed
 FRESH := $(CURDIR)/_build/fresh
@@ -46,8 +47,9 @@ smoke: $(STAMP)  ## every notebook, computed anew on the smallest controlled mod
 	rm -rf _build/smoke
 	KNCORE_SCORES=$(CURDIR)/_build/smoke/scores $(PY) -m kncore run --model controlled-gpt2 --out _build/smoke
 
-models: $(STAMP)  ## train the controlled models anew (about half an hour each on 2 cores); goes on where it stopped
-	for kind in gpt2 llama bert; do $(PY) training/controlled.py $$kind || exit 1; done
+models: $(STAMP)  ## train the controlled models anew (about a quarter of an hour each; SEEDS="0 1 2" for all)
+	for seed in $(SEEDS); do for kind in gpt2 llama bert; do \
+		OMP_NUM_THREADS=1 $(PY) training/controlled.py $$kind --seed $$seed || exit 1; done; done
 
 notebooks: $(STAMP)  ## for maintainers: refresh the stored notebooks and records (MODEL=... for another model)
 	$(PY) -m kncore run $(if $(MODEL),--model $(MODEL))

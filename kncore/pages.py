@@ -23,6 +23,7 @@ def generate(staging: Path) -> None:
     write(folder / "provenance.md", provenance(staging / "results"))
     write(folder / "hub.md", not_run(staging / "results"))
     write(folder / "corpus.md", corpus_table())
+    write(folder / "trained.md", trained())
 
 
 def claims_table(results: Path, beside: bool = True) -> str:
@@ -111,6 +112,39 @@ def corpus_table() -> str:
     rows += [[f"invented facts: {name.replace('_', ' ')}", len(told.pairs)] for name, told in groups]
     rows += [["times that each of them is stated from a side", corpus.TIMES]]
     return _list_table([[name, n if isinstance(n, str) else f"{n:,}"] for name, n in rows], "corpus")
+
+
+def trained() -> str:
+    """What the controlled models know, asked after training, as Markdown: the share right of each training seed.
+
+    Below the table stands how many shares of the further seeds lie in the 95 % interval of the first one's.
+    """
+    import pandas as pd
+
+    from kncore import models
+
+    tables = {
+        kind: [
+            pd.read_csv(models.SHIPPED / name / "evaluation.tsv", sep="\t").set_index("what")
+            for name in models.replicas(kind)
+        ]
+        for kind in BESIDE
+        if kind.startswith("controlled-")
+    }
+    asked = list(dict.fromkeys(what for some in tables.values() for what in some[0].index))
+    rows = [["Asked", *map(_code, tables)]]
+    for what in asked:
+        rows.append([_text(what)])
+        for some in tables.values():
+            rows[-1].append(", ".join(f"{table.share[what]:.2f}" for table in some if what in table.index))
+    further = [
+        first.low[what] <= table.share[what] <= first.high[what]
+        for first, *others in tables.values()
+        for table in others
+        for what in table.index
+    ]
+    said = f"Of {len(further)} shares of further seeds, {sum(further)} lie in the 95 % interval of the first seed's.\n"
+    return _list_table(rows, "trained") + ("\n" + said) * bool(further)
 
 
 def provenance(results: Path) -> str:

@@ -89,6 +89,18 @@ def share(flags: Sequence[bool], clusters: Sequence | None = None) -> Estimate:
     return Estimate(float(units.mean()), float(low), float(high), len(units))
 
 
+def runs(values: Sequence[float]) -> Estimate:
+    """Mean over a few independent runs, such as training seeds, with Student's interval (no cap at 0 or 1); n is runs.
+
+    Runs that agree to the digit give an interval without width. Raises ValueError for fewer than two.
+    """
+    units = cluster_means(values)
+    if len(units) < 2:
+        raise ValueError(f"{len(units)} run has no spread; an interval over runs needs two or more")
+    half = stats.t.ppf(0.975, len(units) - 1) * stats.sem(units)
+    return Estimate(float(units.mean()), float(units.mean() - half), float(units.mean() + half), len(units))
+
+
 def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence | None = None, seed: int = 0) -> Paired:
     """What changed from `before` to `after`, item by item; the units are clusters where there are any.
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, mannwhitneyu, norm, spearmanr, t, ttest_rel, wilcoxon
+from statsmodels.stats.weightstats import DescrStatsW
 
 from kncore import stats
 from kncore.stats import Estimate
@@ -787,3 +788,13 @@ def test_rank_correlations_that_are_none_are_refused():
         stats.rank_correlation([1, 2, 3], [1, 2])
     with pytest.raises(ValueError, match="1 of 3 values are not finite"):
         stats.rank_correlation([1, 2, math.nan], [1, 2, 3])
+
+
+def test_the_interval_over_runs_is_students():
+    values = [0.2, 0.5, 0.6]
+    found = stats.runs(values)
+    low, high = DescrStatsW(values).tconfint_mean()
+    assert found == pytest.approx((np.mean(values), low, high, 3))
+    assert stats.runs([0.3, 0.3]) == (0.3, 0.3, 0.3, 2)
+    with pytest.raises(ValueError, match="two or more"):
+        stats.runs([0.3])
