@@ -51,11 +51,14 @@ class Hyper:
     covariance: str = "samples"
 
 
-# GPT-2 XL and LLaMA-2-7B as published (Meng et al., Niu et al.); SmolLM2 as chosen on other draws than the book uses.
+SEEDS = ("", "-1", "-2")  # of training, as the names of the controlled models have them
+# GPT-2 XL and LLaMA-2-7B as published (Meng et al., Niu et al.); the others chosen on other draws than the book uses.
 HYPER = {
     "smollm2-135m": Hyper(3, clamp=2.0, prefixes=3),
     "gpt2-xl": Hyper(17),
     "llama-2-7b": Hyper(5, steps=25, decay=1e-3),
+    **{f"controlled-{kind}{seed}": Hyper(0, steps=40, clamp=2.0) for kind in ("gpt2", "llama") for seed in SEEDS},
+    **{f"controlled-bert{seed}": Hyper(0, steps=40, clamp=2.0, covariance="text") for seed in SEEDS},
 }
 
 
