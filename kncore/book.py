@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 import yaml
 
-from kncore import pages, stored
+from kncore import looking, pages, stored
 from kncore.pipeline import BESIDE, EPOCH, TIMEOUT, RunError, chapters, compares, move, slug, write
 
 
@@ -38,6 +39,7 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         claims.keep_dates(staging / "results", root / "results")
     pages.generate(staging)
     _set_beside(staging)
+    look_closer(staging)
 
     print("rendering ...", end=" ", flush=True)
     begun = time.monotonic()
@@ -160,6 +162,41 @@ def stage(root: Path) -> Path:
         contents["parts"].append({"caption": "The same on other models", "chapters": parts})
     write(staging / "_toc.yml", yaml.safe_dump(contents, sort_keys=False))
     return staging
+
+
+def look_closer(staging: Path) -> None:
+    """Move the specifications of interactive figures out of the staged outputs, below their cells, as HTML.
+
+    Jupyter Book shows one form of an output, and that stays the picture. In a chapter the curves are those of all
+    models that it was run on, in a run of its own model.
+    """
+    for path in sorted((staging / "notebooks").glob("*.ipynb")):
+        runs = sorted((staging / "book" / "runs").glob(f"*/{path.name}"))
+        found = [_take_specs(run) for run in runs]
+        _take_specs(path, found)
+
+
+def _take_specs(path: Path, runs: Sequence[Sequence[dict]] = ()) -> list[dict]:
+    """The specifications of a notebook's figures, which are moved below their cells; curves joined with those of runs.
+
+    The same figure has the same place among them: the cells of a chapter and of its runs are the same.
+    """
+    nb, cells, specs = nbformat.read(path, as_version=4), [], []
+    for cell in nb.cells:
+        cells.append(cell)
+        pictures = [output for output in cell.get("outputs", []) if "image/svg+xml" in output.get("data", {})]
+        for place, output in enumerate(pictures):
+            if looking.MIME not in output.data:
+                continue
+            spec = output.data.pop(looking.MIME)
+            others = [run[len(specs)] for run in runs if len(run) > len(specs)]
+            specs.append(spec)
+            html = looking.markup(looking.combine(spec, others), place)
+            cells.append(nbformat.v4.new_markdown_cell(f"```{{raw}} html\n{html}\n```", id=f"{cell.id}-look-{place}"))
+    if specs:
+        nb.cells = cells
+        write(path, stored.dumps(nb))
+    return specs
 
 
 def _card(model: str) -> str:

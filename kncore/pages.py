@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ def generate(staging: Path) -> None:
     """Write what the pages of book/ include from book/generated/."""
     folder = staging / "book" / "generated"
     write(folder / "claims.md", claims_table(staging / "results", beside=False))
+    write(folder / "filter.md", claims_filter(staging))
     write(folder / "matrix.md", claims_matrix(staging))
     write(folder / "provenance.md", provenance(staging / "results"))
     write(folder / "hub.md", not_run(staging / "results"))
@@ -53,10 +55,9 @@ def claims_matrix(staging: Path) -> str:
 
     records = {(told["claim"], told["model"]): told for told in claims.read(staging / "results")}
     found = {chapter.number: chapter for chapter in chapters(staging)}
+    models = _columns(staging)
     contents = yaml.safe_load((staging / "_toc.yml").read_text(encoding="utf-8"))
     pages = {page for part in contents["parts"] for page in files(part["chapters"])}
-    own = {str(chapter.defaults["model"]) for chapter in found.values() if "model" in chapter.defaults}
-    models = [*sorted(own), *sorted({model for _, model in records} - own)]
 
     def linked(word: str, number: str, model: str | None = None) -> str:
         if number not in found:
@@ -81,6 +82,37 @@ def claims_matrix(staging: Path) -> str:
         told = [_text(claim.statement), f"[{chapter}, {_code(claim.id)}: {_text(claim.metric)}]{{.metric}}"]
         rows.append([told, *(cell(claim, model) for model in models)])
     return _list_table(rows, "matrix", stub=True)
+
+
+def claims_filter(staging: Path) -> str:
+    """The form that narrows the matrix of claims, as HTML; a page without scripts does not show it."""
+    from kncore import claims
+
+    used = {claim.chapter for claim in claims.CLAIMS.values()}
+    numbered = {c.number: c.path.stem.replace("-", " ") for c in chapters(staging) if c.number in used}
+    choices = {
+        "verdict": {word.replace(" ", "-"): word for word in ("supported", "contradicted", "inconclusive", "not run")},
+        "chapter": numbered,
+        "model": {model: model for model in _columns(staging)},
+    }
+    fields = ['<label>Text <input type="search" name="text" placeholder="fact, margin …"></label>']
+    for name, options in choices.items():
+        every = "".join(
+            f'<option value="{html.escape(value)}">{html.escape(shown)}</option>'
+            for value, shown in {"": "all", **options}.items()
+        )
+        fields.append(f'<label>{name.capitalize()} <select name="{name}">{every}</select></label>')
+    fields += ['<button type="reset">All claims</button>', '<output id="claims-shown" aria-live="polite"></output>']
+    lines = ['<form id="claims-filter" aria-label="Filter the claims">', *fields, "</form>"]
+    return "\n".join(["```{raw} html", *lines, "```"]) + "\n"
+
+
+def _columns(staging: Path) -> list[str]:
+    """The models of the matrix: the notebooks' own, then all others with a record."""
+    from kncore import claims
+
+    own = {str(chapter.defaults["model"]) for chapter in chapters(staging) if "model" in chapter.defaults}
+    return [*sorted(own), *sorted({told["model"] for told in claims.read(staging / "results")} - own)]
 
 
 def not_run(results: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, NbCellError
 
-from kncore import pipeline, stored
+from kncore import looking, pipeline, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = ROOT / "_build" / "nbval"
@@ -21,9 +21,11 @@ PLACES = {str(ROOT): ".", str(Path.home()): "~"}
 SKIPPED = (
     "image/svg+xml",
     "image/png",
+    looking.MIME,
     "stderr",
     "application/papermill.record/image/svg+xml",
     "application/papermill.record/image/png",
+    f"application/papermill.record/{looking.MIME}",
 )
 
 
