@@ -44,7 +44,9 @@ class Loose(str):
 def pytest_configure(config):
     if not config.option.nbval:
         return
-    worker = os.environ.get("PYTEST_XDIST_WORKER")  # one of several processes that share the notebooks out
+    worker = os.environ.get(
+        "PYTEST_XDIST_WORKER"
+    )  # one of several processes that share the notebooks out
     if not worker:
         shutil.rmtree(FRESH, ignore_errors=True)
     results = Path(os.environ.get("KNCORE_RESULTS", FRESH / "results"))
@@ -52,7 +54,9 @@ def pytest_configure(config):
     PLACES[str(results.parent)] = "."
     os.environ.setdefault("KNCORE_SCORES", str(FRESH / "scores"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.update(pipeline.kernel_environment(FRESH / (worker or "alone"), results))
+    os.environ.update(
+        pipeline.kernel_environment(FRESH / (worker or "alone"), results)
+    )
 
 
 def pytest_collection_modifyitems(items):
