@@ -14,7 +14,8 @@ From the ground floor up; a module imports from the floors below its own only.
 8. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables
 9. `pipeline` notebooks run and stored
 10. `pages` what the records say, as Markdown
-11. `book` rendered; the command line `python -m kncore`
+11. `door` what stands at the end of each page and may be taken away
+12. `book` rendered; the command line `python -m kncore`
 """
 
 from kncore.attribution import Attribution, attribute

@@ -162,8 +162,14 @@ def provenance(results: Path) -> str:
     return _list_table(rows, "provenance") if rows[1:] else "No claim has a record yet.\n"
 
 
-def _list_table(rows: Sequence[Sequence[str | Sequence[str]]], kind: str, stub: bool = False) -> str:
-    lines = ["```{list-table}", ":header-rows: 1", f":class: {kind}", *([":stub-columns: 1"] if stub else []), ""]
+def _list_table(rows: Sequence[Sequence[str | Sequence[str]]], kind: str, stub: bool = False, heads: int = 1) -> str:
+    lines = [
+        "```{list-table}",
+        f":header-rows: {heads}",
+        f":class: {kind}",
+        *([":stub-columns: 1"] if stub else []),
+        "",
+    ]
     for row in rows:
         for bullet, cell in zip(["* -", *["  -"] * (len(row) - 1)], row, strict=True):
             first, *rest = [cell] if isinstance(cell, str) else cell
