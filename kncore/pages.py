@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from kncore import reference
 from kncore.pipeline import BESIDE, UsageError, chapters, compares, slug, write
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
@@ -24,6 +25,7 @@ def generate(staging: Path) -> None:
     write(folder / "hub.md", not_run(staging / "results"))
     write(folder / "corpus.md", corpus_table())
     write(folder / "trained.md", trained())
+    write(folder / "api.md", reference.page())
 
 
 def claims_table(results: Path, beside: bool = True) -> str:

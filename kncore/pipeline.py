@@ -1,6 +1,6 @@
 """Run notebooks: in a scratch folder, with parameters checked before anything starts; what succeeded is stored.
 
-A checkout holds notebooks/NN-*.ipynb (one chapter each), results/ (one record per claim and model) and book/ (prose).
+A checkout holds `notebooks/NN-*.ipynb` (one chapter each), results/ (one record per claim and model), book/ (prose).
 Nothing here writes into a tracked folder before a run has succeeded.
 """
 
@@ -71,7 +71,7 @@ def find_root(start: Path | None = None) -> Path:
 
 
 def chapters(root: Path, only: Sequence[str] = ()) -> list[Chapter]:
-    """The notebooks notebooks/NN-*.ipynb in order, or those named by number, name or file name in `only`.
+    """The notebooks `notebooks/NN-*.ipynb` in order, or those named by number, name or file name in `only`.
 
     Raises:
         UsageError: there is no notebook, or one of `only` names none.
