@@ -17,8 +17,8 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from kncore import looking, pages, stored
-from kncore.pipeline import BESIDE, EPOCH, TIMEOUT, RunError, chapters, compares, move, slug, write
+from kncore import door, looking, pages, stored
+from kncore.pipeline import BESIDE, EPOCH, TIMEOUT, RunError, chapters, compares, keep_times, move, slug, write
 
 
 def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
@@ -37,9 +37,12 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
             shutil.rmtree(staging / "results" / slug(name), ignore_errors=True)
         _run_all(root, staging, timeout)
         claims.keep_dates(staging / "results", root / "results")
+        keep_times(staging / "results", root / "results")
     pages.generate(staging)
+    site = door.take_away(root, staging)
     _set_beside(staging)
     look_closer(staging)
+    door.close(root, staging)
 
     print("rendering ...", end=" ", flush=True)
     begun = time.monotonic()
@@ -55,6 +58,7 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).splitlines()
         marked = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
         raise RunError("\n".join([*marked, f"The book did not build; the whole log is {log}"]))
+    shutil.copytree(site, built, dirs_exist_ok=True)
     target, old = root / "_build" / "html", root / "_build" / "html.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

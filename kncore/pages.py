@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from kncore import stored
+from kncore import reference, stored
 from kncore.pipeline import BESIDE, UsageError, chapters, compares, slug, write
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
@@ -57,6 +57,7 @@ def generate(staging: Path) -> None:
     write(folder / "hub.md", not_run(staging / "results"))
     write(folder / "corpus.md", corpus_table())
     write(folder / "trained.md", trained())
+    write(folder / "api.md", reference.page())
     write(staging / "book" / "assets" / "terms.js", terms(staging / "book" / "glossary.md"))
     fill(staging)
 
@@ -352,8 +353,14 @@ def provenance(results: Path) -> str:
     return _list_table(rows, "provenance") if rows[1:] else "No claim has a record yet.\n"
 
 
-def _list_table(rows: Sequence[Sequence[str | Sequence[str]]], kind: str, stub: bool = False) -> str:
-    lines = ["```{list-table}", ":header-rows: 1", f":class: {kind}", *([":stub-columns: 1"] if stub else []), ""]
+def _list_table(rows: Sequence[Sequence[str | Sequence[str]]], kind: str, stub: bool = False, heads: int = 1) -> str:
+    lines = [
+        "```{list-table}",
+        f":header-rows: {heads}",
+        f":class: {kind}",
+        *([":stub-columns: 1"] if stub else []),
+        "",
+    ]
     for row in rows:
         for bullet, cell in zip(["* -", *["  -"] * (len(row) - 1)], row, strict=True):
             first, *rest = [cell] if isinstance(cell, str) else cell
