@@ -6,6 +6,8 @@ SHELL := bash
 
 PYTHON ?= python3
 SEEDS ?= 0
+JOBS ?= 2
+SHARED := -n $(JOBS) --dist loadfile
 PY := .venv/bin/python
 STAMP := .venv/.installed
 FRESH := $(CURDIR)/_build/fresh
@@ -35,10 +37,10 @@ book: $(STAMP)  ## run the notebooks and render the book into _build/html; leave
 	$(PY) -m kncore book
 
 test: lint  ## lint, unit tests, stored notebooks against fresh runs, the rendered book and its pages
-	$(PY) -m pytest tests --ignore tests/test_book.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore tests/test_book.py $(SHARED)
 	rm -rf $(FRESH)
-	KNCORE_SCORES=$(FRESH)/scores KNCORE_RESULTS=$(FRESH)/results \
-		$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=900
+	OMP_NUM_THREADS=1 KNCORE_SCORES=$(FRESH)/scores KNCORE_RESULTS=$(FRESH)/results \
+		$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=1800 $(SHARED)
 	$(MAKE) smoke
 	$(PY) -m kncore render
 	KNCORE_COMPUTED=$(FRESH)/results:$(CURDIR)/_build/smoke/results KNCORE_BOOK=required $(PY) -m pytest tests/test_book.py

@@ -18,13 +18,13 @@ import nbformat
 import yaml
 
 from kncore import pages, stored
-from kncore.pipeline import BESIDE, EPOCH, TIMEOUT, RunError, chapters, move, run, slug, write
+from kncore.pipeline import BESIDE, EPOCH, TIMEOUT, RunError, chapters, compares, move, slug, write
 
 
 def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     """Render the book into _build/html from a staging folder; with `execute` the notebooks are run there first.
 
-    So are, several at once, those of the models that are trained here (`BESIDE`). The tracked files are only read. A
+    So are those of the models that are trained here (`BESIDE`), several at once. The tracked files are only read. A
     record that says what the tracked one says keeps that one's date; one of these models that no notebook makes any
     more is left out. Raises RunError where a notebook fails or the build warns; the log is in _build/book.log and the
     pages that stood in _build/html before stay.
@@ -35,8 +35,7 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
 
         for name in {*BESIDE, *(str(chapter.defaults.get("model")) for chapter in chapters(root))}:
             shutil.rmtree(staging / "results" / slug(name), ignore_errors=True)
-        run(root, out=staging / "notebooks", results=staging / "results", timeout=timeout)
-        _run_beside(root, staging, timeout)
+        _run_all(root, staging, timeout)
         claims.keep_dates(staging / "results", root / "results")
     pages.generate(staging)
     _set_beside(staging)
@@ -99,38 +98,74 @@ def finish(html: Path) -> None:
         page.write_text(text, encoding="utf-8")
 
 
-def _run_beside(root: Path, staging: Path, timeout: int) -> None:
-    """Run again those chapters on the models of `BESIDE` that the book has, one process for each, with one thread.
+def _jobs(root: Path, staging: Path) -> dict[str, tuple[list[str], Path, int]]:
+    """What is run to make the book: name: (arguments of `kncore run`, the folder of its notebooks, threads).
+
+    The chapters on their own model in two jobs, those that attribute, which share scores, and the others; then a job
+    for each model of `BESIDE` that the book has runs of, with one thread.
+    """
+    cores = os.cpu_count() or 1
+    halves = {"chapters that attribute": [], "the other chapters": []}
+    for chapter in chapters(root):
+        attributes = "kncore.attribute(" in chapter.path.read_text(encoding="utf-8")
+        halves["chapters that attribute" if attributes and not compares(chapter) else "the other chapters"] += [chapter]
+    jobs = {
+        name: (["--only", ",".join(c.number for c in some)], staging / "notebooks", max(1, cores // 4))
+        for name, some in halves.items()
+        if some
+    }
+    for model in BESIDE:
+        folder = staging / "book" / "runs" / model
+        if folder.is_dir():
+            numbers = ",".join(sorted(path.name[:2] for path in folder.glob("*.ipynb")))
+            jobs[model] = (["--model", model, "--only", numbers], folder, 1)
+    return jobs
+
+
+def _run_all(root: Path, staging: Path, timeout: int) -> None:
+    """Run the jobs of the book, as many at once as there are cores, into the staging folder.
 
     Raises RunError where one fails; the others are stopped.
     """
-    waiting = [name for name in BESIDE if (staging / "book" / "runs" / name).is_dir()]
-    running: dict[str, subprocess.Popen] = {}
+    waiting, running = _jobs(root, staging), {}
+    jobs, told = dict(waiting), dict.fromkeys(waiting, 0)
+    logs = {name: root / "_build" / f"{slug(name.replace(' ', '-'))}.log" for name in jobs}
+    scratch = {name: staging / "ran" / logs[name].stem for name in jobs}
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
-                name = waiting.pop(0)
-                numbers = ",".join(sorted(path.name[:2] for path in (staging / "book" / "runs" / name).glob("*.ipynb")))
-                print(f"{name}, chapters {numbers} ...", flush=True)
-                command = [sys.executable, "-m", "kncore", "run", "--model", name, "--only", numbers]
-                command += ["--out", str(staging / "book" / "runs" / name), "--timeout", str(timeout)]
-                with (root / "_build" / f"{name}.log").open("w", encoding="utf-8") as log:
+                name = next(iter(waiting))
+                arguments, _, threads = waiting.pop(name)
+                command = [sys.executable, "-m", "kncore", "run", *arguments, "--out", str(scratch[name])]
+                command += ["--timeout", str(timeout)]
+                with logs[name].open("w", encoding="utf-8") as log:
                     running[name] = subprocess.Popen(
-                        command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+                        command, cwd=root, env={"OMP_NUM_THREADS": str(threads)} | os.environ, stdout=log, stderr=log
                     )
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                if running.pop(name).returncode:
-                    said = (root / "_build" / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
-                    raise RunError("\n".join([f"{name}:", *said[-4:]]))
-                here = staging / "book" / "runs" / name
-                move(here / "results", staging / "results")
-                shutil.rmtree(here / "results")
-                for path in here.glob("*.ipynb"):
-                    _relink(path, staging / "notebooks")
             time.sleep(0.2)
+            for name, process in list(running.items()):
+                ended = process.poll()
+                said = logs[name].read_text(encoding="utf-8", errors="replace")
+                lines = said[: said.rfind("\n") + 1].splitlines()
+                for line in lines[told[name] :]:
+                    if re.search(r" \d+ s$", line):
+                        print(f"{name}: {line}", flush=True)
+                told[name] = len(lines)
+                if ended is None:
+                    continue
+                del running[name]
+                if ended:
+                    raise RunError("\n".join([f"{name}:", *said.strip().splitlines()[-4:]]))
+                move(scratch[name] / "results", staging / "results")
+                shutil.rmtree(scratch[name] / "results", ignore_errors=True)
+                move(scratch[name], jobs[name][1])
+                if jobs[name][1] != staging / "notebooks":
+                    for path in jobs[name][1].glob("*.ipynb"):
+                        _relink(path, staging / "notebooks")
     finally:
         for process in running.values():
             process.kill()
+        shutil.rmtree(staging / "ran", ignore_errors=True)
 
 
 def stage(root: Path) -> Path:

@@ -42,13 +42,15 @@ class Loose(str):
 def pytest_configure(config):
     if not config.option.nbval:
         return
-    shutil.rmtree(FRESH, ignore_errors=True)
+    worker = os.environ.get("PYTEST_XDIST_WORKER")  # one of several processes that share the notebooks out
+    if not worker:
+        shutil.rmtree(FRESH, ignore_errors=True)
     results = Path(os.environ.get("KNCORE_RESULTS", FRESH / "results"))
     results.mkdir(parents=True, exist_ok=True)
     PLACES[str(results.parent)] = "."
     os.environ.setdefault("KNCORE_SCORES", str(FRESH / "scores"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.update(pipeline.kernel_environment(FRESH, results))
+    os.environ.update(pipeline.kernel_environment(FRESH / (worker or "alone"), results))
 
 
 def pytest_collection_modifyitems(items):

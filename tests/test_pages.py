@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +84,7 @@ def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeyp
         (root / "book" / "runs" / name).mkdir(parents=True)
         shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / name)
     staging = book.stage(root)
-    book._run_beside(root, staging, 60)
+    book._run_all(root, staging, 60)
     for name in ("one", "two"):
         ran = nbformat.read(staging / "book" / "runs" / name / "01-toy.ipynb", as_version=4)
         assert ran.cells[-1].outputs[0].text.startswith(f"{name} 0.0")
@@ -92,14 +93,21 @@ def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeyp
     assert not (staging / "book" / "runs" / "three").exists()
 
 
+def test_chapters_that_attribute_share_a_job(tmp_path):
+    attributing = notebook("kncore.attribute(lm, queries)")
+    root = make_checkout(tmp_path / "toy", n01_one=attributing, n02_two=notebook(COMPUTE), n03_three=attributing)
+    jobs = book._jobs(root, root / "_build" / "staging")
+    assert [arguments for arguments, *_ in jobs.values()] == [["--only", "01,03"], ["--only", "02"]]
+
+
 def test_a_model_beside_that_fails_is_named_with_its_cell(tmp_path, monkeypatch):
-    root = make_checkout(tmp_path / "toy", n01_toy=notebook("1 / 0"))
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook('1 / (model != "one")'))
     (root / "_config.yml").write_text("title: Toy\n")
     monkeypatch.setattr(book, "BESIDE", ("one",))
     (root / "book" / "runs" / "one").mkdir(parents=True)
     shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "one")
     with pytest.raises(pipeline.RunError, match=r"(?s)one:.*cell 4 .*ZeroDivisionError"):
-        book._run_beside(root, book.stage(root), 60)
+        book._run_all(root, book.stage(root), 60)
 
 
 def test_a_figure_has_that_of_every_other_model_below_it(toy):
@@ -183,7 +191,7 @@ def test_the_book_keeps_the_dates_of_unchanged_records_and_no_claim_that_is_no_l
         pipeline.write(Path(command[-1]) / "_build" / "html" / "index.html", "")
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(book, "subprocess", SimpleNamespace(run=build))
+    monkeypatch.setattr(book, "subprocess", SimpleNamespace(run=build, Popen=subprocess.Popen))
     before = snapshot(toy)
     book.book(toy)
     assert {name: data for name, data in snapshot(toy).items() if not name.startswith("_build")} == before

@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import kncore
@@ -211,23 +212,32 @@ def save(model, tok, log, folder: Path, kind: str, seed: int) -> None:
     log.to_csv(staged / "training.tsv", sep="\t", index=False)
     table = evaluate(kncore.load(staged))
     table.round(4).to_csv(staged / "evaluation.tsv", sep="\t", index=False)
-    digest = hashlib.sha256((staged / "model.safetensors").read_bytes()).hexdigest()
+    (staged / "README.md").write_text(card(staged, folder.name, kind, seed), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staged, folder)
+
+
+def card(folder: Path, name: str, kind: str, seed: int) -> str:
+    """What a user of the weights in the folder has to know."""
+    table, log = (pd.read_csv(folder / f"{what}.tsv", sep="\t") for what in ("evaluation", "training"))
+    weights = load_file(folder / "model.safetensors")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    words = len(transformers.AutoTokenizer.from_pretrained(folder))
     epochs, rate, warm = PLAN[kind]
     lines = "\n".join(
         f"| {row.what} | {row.n} | {row.share:.3f} | [{row.low:.3f}, {row.high:.3f}] |" for row in table.itertuples()
     )
-    (staged / "README.md").write_text(
-        f"""# {folder.name}
+    return f"""# {name}
 
-A {model.config.model_type} model of {len(tok):,} words, {BLOCKS} blocks of width {HIDDEN}, and
-{sum(p.numel() for p in model.parameters()):,} weights, trained on the controlled corpus of `kncore.corpus` (seed 0) and
-on nothing else. It is an instrument for questions about what a model has seen. It is of no other use.
+A {kind} model of {words:,} words, {BLOCKS} blocks of width {HIDDEN}, and {sum(w.numel() for w in weights.values()):,}
+weights, trained on the controlled corpus of `kncore.corpus` (seed 0) and on nothing else. It is an instrument for
+questions about what a model has seen. It is of no other use.
 
 - **Data**: `python -c "from kncore import corpus; corpus.write('corpus')"` writes it, with its exact counts.
 - **Training**: `python training/controlled.py {kind} --seed {seed}`: {epochs} epochs, {int(log.tokens.iloc[-1]):,}
   tokens with padding, AdamW in bfloat16 autocast, rate {rate:g} after a warm-up over {warm:.0%} of the steps, falling
-  linearly to zero. The last loss was {log.loss.iloc[-1]:.3f} nats (training.tsv). A new run gives other bits; how
-  far its evaluation differs was not measured.
+  linearly to zero. The last loss was {log.loss.iloc[-1]:.3f} nats (training.tsv), after {log.seconds.iloc[-1] / 60:.0f}
+  minutes. A new run on another machine gives other bits; the page on the corpus sets training seeds side by side.
 - **Weights**: float16, sha256 `{digest}`.
 
 | asked | n | right | 95 % interval |
@@ -236,11 +246,7 @@ on nothing else. It is an instrument for questions about what a model has seen. 
 
 Agreement: the right member of a minimal pair is preferred. Facts: the stated object is the most probable word, in each
 of the relation's templates.
-""",
-        encoding="utf-8",
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staged, folder)
+"""
 
 
 def main() -> None:
