@@ -5,6 +5,7 @@ The tracked files are only read.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -59,6 +60,7 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         marked = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
         raise RunError("\n".join([*marked, f"The book did not build; the whole log is {log}"]))
     shutil.copytree(site, built, dirs_exist_ok=True)
+    finish(built)
     target, old = root / "_build" / "html", root / "_build" / "html.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -67,6 +69,39 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     shutil.rmtree(old, ignore_errors=True)
     print(f"{time.monotonic() - begun:.0f} s", flush=True)
     return target / "index.html"
+
+
+def finish(html: Path) -> None:
+    """Put into the pages below `html` what Sphinx and the theme leave out.
+
+    The size of every SVG picture, so that a browser keeps its place free; a name for every toggle of the contents;
+    the role that entries of a list of references have today; no header cell without a header.
+    """
+    sizes: dict[Path, str] = {}
+
+    def sized(match: re.Match, page: Path) -> str:
+        picture = page.parent / match[1]
+        if " width=" in match[0] or " height=" in match[0] or not picture.is_file():
+            return match[0]
+        if picture not in sizes:
+            head = picture.read_text(encoding="utf-8").partition("<svg")[2].partition(">")[0]
+            told = [re.search(rf'\b{name}="([\d.]+)(pt|px|)"', head) for name in ("width", "height")]
+            if None in told:
+                raise RunError(f'{picture} has no width="…" and height="…" in pt or px on its <svg>: give it both')
+            pixels = [round(float(size[1]) * (4 / 3 if size[2] == "pt" else 1)) for size in told]
+            sizes[picture] = 'width="{}" height="{}" '.format(*pixels)
+        return match[0].replace("<img ", f"<img {sizes[picture]}", 1)
+
+    for page in html.rglob("*.html"):
+        if "_static" in page.relative_to(html).parts:
+            continue
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r'<img [^>]*src="([^":]+\.svg)"[^>]*>', functools.partial(sized, page=page), text)
+        text = re.sub(
+            r">([^<]+)</a><details([^>]*)><summary>", r'>\1</a><details\2><summary aria-label="Chapters: \1">', text
+        )
+        text = text.replace('role="doc-biblioentry"', 'role="listitem"').replace("<th></th>", "<td></td>")
+        page.write_text(text, encoding="utf-8")
 
 
 def _jobs(root: Path, staging: Path) -> dict[str, tuple[list[str], Path, int]]:
