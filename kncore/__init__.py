@@ -13,7 +13,7 @@ From the ground floor up; a module imports from the floors below its own only.
 7. `editors` by name, and their store
 8. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables
 9. `pipeline` notebooks run and stored
-10. `pages` what the records say, as Markdown
+10. `pages` what the records say, as Markdown · `sweep` many prompts, in shards
 11. `book` rendered; the command line `python -m kncore`
 """
 
