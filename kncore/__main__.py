@@ -1,4 +1,4 @@
-"""The command line: python -m kncore run | book | fetch | readme."""
+"""The command line: python -m kncore run | book | render | pdf | fetch | readme."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     book = commands.add_parser("book", parents=[debug], help="run all notebooks and render the book into _build/html")
     book.add_argument("--timeout", type=_seconds, default=3600, help="seconds a cell may take (default 3600)")
     commands.add_parser("render", parents=[debug], help="render the book from the stored notebooks, running none")
+
+    commands.add_parser("pdf", parents=[debug], help="print the book from the stored notebooks into _build/book.pdf")
 
     fetch = commands.add_parser(
         "fetch", parents=[debug], help="download a model and convert it, so that later loads need no network"
@@ -83,6 +85,8 @@ def _command(options: argparse.Namespace) -> int:
         execute = options.command == "book"
         page = book.book(root, execute=execute, **({"timeout": options.timeout} if execute else {}))
         print(f"open {page}")
+    elif options.command == "pdf":
+        print(f"open {book.pdf(root)}")
     elif options.command == "readme":
         pipeline.write(root / "README.md", pages.readme(root))
     return 0
