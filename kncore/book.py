@@ -5,6 +5,7 @@ The tracked files are only read.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -12,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 import yaml
 
-from kncore import door, pages, stored
+from kncore import door, looking, pages, stored
 from kncore.pipeline import (
     BESIDE,
     EPOCH,
@@ -53,10 +55,12 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     pages.generate(staging)
     site = door.take_away(root, staging)
     _set_beside(staging)
+    look_closer(staging)
     door.close(root, staging)
 
     built = _render(root, staging)
     shutil.copytree(site, built, dirs_exist_ok=True)
+    finish(built)
     target, old = root / "_build" / "html", root / "_build" / "html.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -69,7 +73,7 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
 def pdf(root: Path) -> Path:
     """Print the book into _build/book.pdf, from the stored notebooks, without the runs on other models.
 
-    Raises UsageError where there is no Chromium to print with, RunError where the build warns or nothing was printed.
+    Raises UsageError where there is no Chromium to print with, RunError where nothing came of it.
     """
     names = "chromium", "chromium-browser", "google-chrome"
     browser = next(filter(None, map(shutil.which, names)), None)
@@ -99,7 +103,9 @@ def _render(root: Path, staging: Path, builder: str = "html") -> Path:
     begun = time.monotonic()
     log = root / "_build" / "book.log"
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
-    command += ["-n", "-W", "--keep-going", "--all", "--builder", builder, str(staging)]
+    # Pages of the site have links to runs that the printed book leaves out.
+    strict = ["-n", "-W", "--keep-going"] if builder == "html" else []
+    command += [*strict, "--all", "--builder", builder, str(staging)]
     environment = os.environ | {"SOURCE_DATE_EPOCH": EPOCH, "PYTHONHASHSEED": "0"}
     with log.open("w", encoding="utf-8") as stream:
         code = subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=False).returncode
@@ -111,6 +117,39 @@ def _render(root: Path, staging: Path, builder: str = "html") -> Path:
         raise RunError("\n".join([*marked, f"The book did not build; the whole log is {log}"]))
     print(f"{time.monotonic() - begun:.0f} s", flush=True)
     return built
+
+
+def finish(html: Path) -> None:
+    """Put into the pages below `html` what Sphinx and the theme leave out.
+
+    The size of every SVG picture, so that a browser keeps its place free; a name for every toggle of the contents;
+    the role that entries of a list of references have today; no header cell without a header.
+    """
+    sizes: dict[Path, str] = {}
+
+    def sized(match: re.Match, page: Path) -> str:
+        picture = page.parent / match[1]
+        if " width=" in match[0] or " height=" in match[0] or not picture.is_file():
+            return match[0]
+        if picture not in sizes:
+            head = picture.read_text(encoding="utf-8").partition("<svg")[2].partition(">")[0]
+            told = [re.search(rf'\b{name}="([\d.]+)(pt|px|)"', head) for name in ("width", "height")]
+            if None in told:
+                raise RunError(f'{picture} has no width="…" and height="…" in pt or px on its <svg>: give it both')
+            pixels = [round(float(size[1]) * (4 / 3 if size[2] == "pt" else 1)) for size in told]
+            sizes[picture] = 'width="{}" height="{}" '.format(*pixels)
+        return match[0].replace("<img ", f"<img {sizes[picture]}", 1)
+
+    for page in html.rglob("*.html"):
+        if "_static" in page.relative_to(html).parts:
+            continue
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r'<img [^>]*src="([^":]+\.svg)"[^>]*>', functools.partial(sized, page=page), text)
+        text = re.sub(
+            r">([^<]+)</a><details([^>]*)><summary>", r'>\1</a><details\2><summary aria-label="Chapters: \1">', text
+        )
+        text = text.replace('role="doc-biblioentry"', 'role="listitem"').replace("<th></th>", "<td></td>")
+        page.write_text(text, encoding="utf-8")
 
 
 def _jobs(root: Path, staging: Path) -> dict[str, tuple[list[str], Path, int]]:
@@ -212,6 +251,41 @@ def stage(root: Path, *, runs: bool = True) -> Path:
         contents["parts"].append({"caption": "The same on other models", "chapters": parts})
     write(staging / "_toc.yml", yaml.safe_dump(contents, sort_keys=False))
     return staging
+
+
+def look_closer(staging: Path) -> None:
+    """Move the specifications of interactive figures out of the staged outputs, below their cells, as HTML.
+
+    Jupyter Book shows one form of an output, and that stays the picture. In a chapter the curves are those of all
+    models that it was run on, in a run of its own model.
+    """
+    for path in sorted((staging / "notebooks").glob("*.ipynb")):
+        runs = sorted((staging / "book" / "runs").glob(f"*/{path.name}"))
+        found = [_take_specs(run) for run in runs]
+        _take_specs(path, found)
+
+
+def _take_specs(path: Path, runs: Sequence[Sequence[dict]] = ()) -> list[dict]:
+    """The specifications of a notebook's figures, which are moved below their cells; curves joined with those of runs.
+
+    The same figure has the same place among them: the cells of a chapter and of its runs are the same.
+    """
+    nb, cells, specs = nbformat.read(path, as_version=4), [], []
+    for cell in nb.cells:
+        cells.append(cell)
+        pictures = [output for output in cell.get("outputs", []) if "image/svg+xml" in output.get("data", {})]
+        for place, output in enumerate(pictures):
+            if looking.MIME not in output.data:
+                continue
+            spec = output.data.pop(looking.MIME)
+            others = [run[len(specs)] for run in runs if len(run) > len(specs)]
+            specs.append(spec)
+            html = looking.markup(looking.combine(spec, others), place)
+            cells.append(nbformat.v4.new_markdown_cell(f"```{{raw}} html\n{html}\n```", id=f"{cell.id}-look-{place}"))
+    if specs:
+        nb.cells = cells
+        write(path, stored.dumps(nb))
+    return specs
 
 
 def _card(model: str) -> str:

@@ -42,7 +42,7 @@ def texts() -> list[Path]:
     own = [
         path
         for path in paths
-        if "mathjax" not in path.parts and path.suffix not in {".woff", ".png", ".gz", ".safetensors"}
+        if not {"mathjax", "vega"} & set(path.parts) and path.suffix not in {".woff", ".png", ".gz", ".safetensors"}
     ]
     return [path for path in own if path.is_file() and path.stat().st_size < 5_000_000]
 
