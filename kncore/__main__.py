@@ -1,4 +1,4 @@
-"""The command line: python -m kncore run | book | sweep | merge | fetch | readme."""
+"""The command line: python -m kncore run | book | render | pdf | sweep | merge | fetch | readme."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     book.add_argument("--timeout", type=_seconds, default=3600, help="seconds a cell may take (default 3600)")
     commands.add_parser("render", parents=[debug], help="render the book from the stored notebooks, running none")
 
+    commands.add_parser("pdf", parents=[debug], help="print the book from the stored notebooks into _build/book.pdf")
     sweep = commands.add_parser(
         "sweep", parents=[debug], help="attribution or edits over many prompts, or a shard of it"
     )
@@ -126,6 +127,8 @@ def _command(options: argparse.Namespace) -> int:
         execute = options.command == "book"
         page = book.book(root, execute=execute, **({"timeout": options.timeout} if execute else {}))
         print(f"open {page}")
+    elif options.command == "pdf":
+        print(f"open {book.pdf(root)}")
     elif options.command == "readme":
         pipeline.write(root / "README.md", pages.readme(root))
     return 0

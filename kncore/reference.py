@@ -62,10 +62,17 @@ def _paragraph(lines: list[str]) -> Iterator[str]:
 
 
 def setup(app: object) -> dict:
-    """Sphinx calls this: docstrings go through `plain` before Napoleon reads their sections."""
+    """Sphinx calls this: docstrings go through `plain` before Napoleon reads their sections.
+
+    Fields of named tuples that say nothing but their number are left out.
+    """
 
     def process(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
         lines[:] = plain(lines)
 
+    def skip(app: object, what: str, name: str, obj: object, skipped: bool, options: object) -> bool | None:
+        return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
     app.connect("autodoc-process-docstring", process, priority=100)
+    app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
