@@ -82,10 +82,12 @@ def pdf(root: Path) -> Path:
     staging = stage(root, runs=False)
     pages.generate(staging)
     door.close(root, staging)
-    # Sphinx writes the page below book/, with links as from the top.
-    page = (_render(root, staging, "singlehtml") / "book" / "index.html").rename(
-        staging / "_build/singlehtml/book.html"
-    )
+    built = _render(root, staging, "singlehtml")
+    # Sphinx writes the page below book/, with pictures as from the top. A link to what is not on the page would lead to
+    # this machine.
+    text = (built / "book" / "index.html").read_text(encoding="utf-8")
+    text = re.sub(r'(<a [^>]*)href="(?!https?:|mailto:|#)[^"#]*(#[^"]*)?"', r'\1href="\2"', text)
+    page = write(built / "book.html", re.sub(r'(<a [^>]*)href=""', r"\1", text))
     target = root / "_build" / "book.pdf"
     target.unlink(missing_ok=True)
     command = [browser, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run", "--no-pdf-header-footer"]
