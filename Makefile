@@ -12,10 +12,10 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 FRESH := $(CURDIR)/_build/fresh
 
-.PHONY: help install book test smoke models notebooks lint bench clean
+.PHONY: help install book pdf test smoke models notebooks lint bench clean
 
 # After the install nothing needs the network, and nothing may quietly use it.
-book test smoke lint bench: export HF_HUB_OFFLINE := 1
+book pdf test smoke lint bench: export HF_HUB_OFFLINE := 1
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 book: $(STAMP)  ## run the notebooks and render the book into _build/html; leaves the tree as it was
 	$(PY) -m kncore book
+
+pdf: $(STAMP)  ## print the book, from the stored notebooks, into _build/book.pdf; needs Chromium
+	$(PY) -m kncore pdf
 
 test: lint  ## lint, unit tests, stored notebooks against fresh runs, the rendered book and its pages
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore tests/test_book.py $(SHARED)

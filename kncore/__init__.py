@@ -11,10 +11,11 @@ From the ground floor up; a module imports from the floors below its own only.
    `effects` of many edits · `covariance` of keys · `corpus` sentences whose every count is known
 6. `tracing` of causes · `rome`, `memit`, `finetune`: what an edit of weights is
 7. `editors` by name, and their store
-8. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables
-9. `pipeline` notebooks run and stored
-10. `pages` what the records say, as Markdown
-11. `book` rendered; the command line `python -m kncore`
+8. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables · `looking` into them
+9. `pipeline` notebooks run and stored · `reference` the docstrings as a page
+10. `pages` what the records say, as Markdown · `sweep` many prompts, in shards
+11. `door` what stands at the end of each page and may be taken away
+12. `book` rendered; the command line `python -m kncore`
 """
 
 from kncore.attribution import Attribution, attribute

@@ -1,4 +1,4 @@
-"""The command line: python -m kncore run | book | fetch | readme."""
+"""The command line: python -m kncore run | book | render | pdf | sweep | merge | fetch | readme."""
 
 from __future__ import annotations
 
@@ -26,6 +26,31 @@ def parser() -> argparse.ArgumentParser:
     book.add_argument("--timeout", type=_seconds, default=3600, help="seconds a cell may take (default 3600)")
     commands.add_parser("render", parents=[debug], help="render the book from the stored notebooks, running none")
 
+    commands.add_parser("pdf", parents=[debug], help="print the book from the stored notebooks into _build/book.pdf")
+    sweep = commands.add_parser(
+        "sweep", parents=[debug], help="attribution or edits over many prompts, or a shard of it"
+    )
+    sweep.add_argument("kind", choices=("attribution", "edits"))
+    sweep.add_argument("names", nargs="*", help="relations and phenomena (default: those of the chapters)")
+    sweep.add_argument("--model", help="a known name, a hub name or a local folder (default: the default model)")
+    sweep.add_argument("--device", help="e.g. cuda (default: $KNCORE_DEVICE, else PyTorch's)")
+    sweep.add_argument("--dtype", help="e.g. bfloat16 (default: $KNCORE_DTYPE, else float32)")
+    sweep.add_argument("--device-map", help="e.g. auto: spread a model larger than memory")
+    sweep.add_argument("--source", default="own", help="own, public, or a folder with the public data")
+    sweep.add_argument("--queries", type=Path, help="prompts of one's own instead of names: JSON lines")
+    sweep.add_argument("-n", type=_count, help="at most so many prompts (or cases) of each name")
+    sweep.add_argument("--seed", type=int, default=0)
+    sweep.add_argument("--editor", default="rome", help="of edits (default rome)")
+    sweep.add_argument("--quadrature", help="of attribution (default: adaptive Gauss-Legendre)")
+    sweep.add_argument("--steps", type=_count, help="nodes of the quadrature")
+    sweep.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="K/N", help="the K-th of N ranges of the prompts"
+    )
+    sweep.add_argument("--out", type=Path, required=True, help="folder for the records")
+    merge = commands.add_parser("merge", parents=[debug], help="the records of a sweep's shards in one file")
+    merge.add_argument("files", nargs="+", type=Path, help="the shards' .jsonl files, or folders of them")
+    merge.add_argument("--out", type=Path, required=True, help="the file to write")
+
     fetch = commands.add_parser(
         "fetch", parents=[debug], help="download a model and convert it, so that later loads need no network"
     )
@@ -38,6 +63,19 @@ def _seconds(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of seconds above 0")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("/")
+    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard; expected K/N with K from 1 to N, e.g. 3/8")
+    return int(k), int(n)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +102,12 @@ def _command(options: argparse.Namespace) -> int:
         print(models.fetch(options.name) if options.name else models.fetch())
         return 0
 
+    if options.command in ("sweep", "merge"):
+        from kncore import sweep
+
+        print(sweep.merge(options.files, options.out) if options.command == "merge" else _sweep(options))
+        return 0
+
     from kncore import book, pages, pipeline
 
     root = pipeline.find_root()
@@ -83,9 +127,30 @@ def _command(options: argparse.Namespace) -> int:
         execute = options.command == "book"
         page = book.book(root, execute=execute, **({"timeout": options.timeout} if execute else {}))
         print(f"open {page}")
+    elif options.command == "pdf":
+        print(f"open {book.pdf(root)}")
     elif options.command == "readme":
         pipeline.write(root / "README.md", pages.readme(root))
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> Path:
+    from kncore import editors, models, pipeline, sweep
+
+    edits = options.kind == "edits"
+    given = {"quadrature": options.quadrature, "steps": options.steps}
+    settings = {"editor": options.editor} if edits else {name: value for name, value in given.items() if value}
+    if edits and (options.editor not in editors.EDITORS or any(given.values())):
+        known = ", ".join(editors.EDITORS)
+        raise pipeline.UsageError(f"edits take an editor ({known}), and no quadrature or steps")
+    if options.queries and options.names:
+        raise pipeline.UsageError("give names of relations and phenomena or --queries, not both")
+    items = sweep.read_queries(options.queries, options.kind) if options.queries else None
+    where = {"device": options.device, "dtype": options.dtype, "device_map": options.device_map}
+    lm = models.load(options.model or models.DEFAULT, **where)
+    if items is None:
+        items = sweep.asked(lm, options.kind, options.names, options.source, options.n, options.seed)
+    return sweep.sweep(lm, options.kind, items, settings, options.out, options.shard, progress=sys.stderr.isatty())
 
 
 if __name__ == "__main__":

@@ -11,14 +11,28 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 import yaml
 
-from kncore import pages, stored
-from kncore.pipeline import BESIDE, EPOCH, TIMEOUT, RunError, chapters, compares, move, slug, write
+from kncore import door, looking, pages, stored
+from kncore.pipeline import (
+    BESIDE,
+    EPOCH,
+    TIMEOUT,
+    RunError,
+    UsageError,
+    chapters,
+    compares,
+    keep_times,
+    move,
+    slug,
+    write,
+)
 
 
 def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
@@ -37,23 +51,15 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
             shutil.rmtree(staging / "results" / slug(name), ignore_errors=True)
         _run_all(root, staging, timeout)
         claims.keep_dates(staging / "results", root / "results")
+        keep_times(staging / "results", root / "results")
     pages.generate(staging)
+    site = door.take_away(root, staging)
     _set_beside(staging)
+    look_closer(staging)
+    door.close(root, staging)
 
-    print("rendering ...", end=" ", flush=True)
-    begun = time.monotonic()
-    log = root / "_build" / "book.log"
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
-    command += ["-n", "-W", "--keep-going", "--all", str(staging)]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": EPOCH, "PYTHONHASHSEED": "0"}
-    with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=False).returncode
-    built = staging / "_build" / "html"
-    if code or not (built / "index.html").exists():
-        print("failed", flush=True)
-        lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).splitlines()
-        marked = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
-        raise RunError("\n".join([*marked, f"The book did not build; the whole log is {log}"]))
+    built = _render(root, staging)
+    shutil.copytree(site, built, dirs_exist_ok=True)
     finish(built)
     target, old = root / "_build" / "html", root / "_build" / "html.old"
     shutil.rmtree(old, ignore_errors=True)
@@ -61,8 +67,56 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         os.replace(target, old)
     os.replace(built, target)
     shutil.rmtree(old, ignore_errors=True)
-    print(f"{time.monotonic() - begun:.0f} s", flush=True)
     return target / "index.html"
+
+
+def pdf(root: Path) -> Path:
+    """Print the book into _build/book.pdf, from the stored notebooks, without the runs on other models.
+
+    Raises UsageError where there is no Chromium to print with, RunError where nothing came of it.
+    """
+    names = "chromium", "chromium-browser", "google-chrome"
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        raise UsageError(f"the PDF is printed by a browser, and none of {', '.join(names)} is installed")
+    staging = stage(root, runs=False)
+    pages.generate(staging)
+    door.close(root, staging)
+    # Sphinx writes the page below book/, with links as from the top.
+    page = (_render(root, staging, "singlehtml") / "book" / "index.html").rename(
+        staging / "_build/singlehtml/book.html"
+    )
+    target = root / "_build" / "book.pdf"
+    target.unlink(missing_ok=True)
+    command = [browser, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run", "--no-pdf-header-footer"]
+    with tempfile.TemporaryDirectory() as profile:
+        command += [f"--user-data-dir={profile}", "--virtual-time-budget=60000", f"--print-to-pdf={target}"]
+        done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=False)
+    if done.returncode or not target.is_file():
+        raise RunError(f"{browser} printed nothing: {done.stderr.strip()[-500:]}")
+    return target
+
+
+def _render(root: Path, staging: Path, builder: str = "html") -> Path:
+    """The folder with what Jupyter Book made of a staging folder; RunError holds the warnings."""
+    print("rendering ...", end=" ", flush=True)
+    begun = time.monotonic()
+    log = root / "_build" / "book.log"
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
+    # Pages of the site have links to runs that the printed book leaves out.
+    strict = ["-n", "-W", "--keep-going"] if builder == "html" else []
+    command += [*strict, "--all", "--builder", builder, str(staging)]
+    environment = os.environ | {"SOURCE_DATE_EPOCH": EPOCH, "PYTHONHASHSEED": "0"}
+    with log.open("w", encoding="utf-8") as stream:
+        code = subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=False).returncode
+    built = staging / "_build" / builder
+    if code or not (built / "index.html").exists():
+        print("failed", flush=True)
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).splitlines()
+        marked = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
+        raise RunError("\n".join([*marked, f"The book did not build; the whole log is {log}"]))
+    print(f"{time.monotonic() - begun:.0f} s", flush=True)
+    return built
 
 
 def finish(html: Path) -> None:
@@ -168,10 +222,10 @@ def _run_all(root: Path, staging: Path, timeout: int) -> None:
         shutil.rmtree(staging / "ran", ignore_errors=True)
 
 
-def stage(root: Path) -> Path:
+def stage(root: Path, *, runs: bool = True) -> Path:
     """A fresh _build/staging with a copy of all that the book is made of: configuration, prose, notebooks, records.
 
-    Runs on other models in book/runs/ join the contents as a part of their own.
+    Runs on other models in book/runs/ join the contents as a part of their own, or are left out.
     """
     staging = root / "_build" / "staging"
     shutil.rmtree(staging, ignore_errors=True)
@@ -181,12 +235,14 @@ def stage(root: Path) -> Path:
     for folder in ("book", "notebooks", "results"):
         if (root / folder).is_dir():
             shutil.copytree(root / folder, staging / folder, ignore=hidden)
+    if not runs:
+        shutil.rmtree(staging / "book" / "runs", ignore_errors=True)
     contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    runs = sorted((staging / "book" / "runs").glob("*/*.ipynb"))
-    for path in runs:
+    found = sorted((staging / "book" / "runs").glob("*/*.ipynb"))
+    for path in found:
         _relink(path, staging / "notebooks")
     parts = []
-    for folder in dict.fromkeys(path.parent for path in runs):
+    for folder in dict.fromkeys(path.parent for path in found):
         write(folder / "index.md", _card(folder.name))
         files = [{"file": path.relative_to(staging).with_suffix("").as_posix()} for path in [*folder.glob("*.ipynb")]]
         files.sort(key=lambda entry: entry["file"])
@@ -195,6 +251,41 @@ def stage(root: Path) -> Path:
         contents["parts"].append({"caption": "The same on other models", "chapters": parts})
     write(staging / "_toc.yml", yaml.safe_dump(contents, sort_keys=False))
     return staging
+
+
+def look_closer(staging: Path) -> None:
+    """Move the specifications of interactive figures out of the staged outputs, below their cells, as HTML.
+
+    Jupyter Book shows one form of an output, and that stays the picture. In a chapter the curves are those of all
+    models that it was run on, in a run of its own model.
+    """
+    for path in sorted((staging / "notebooks").glob("*.ipynb")):
+        runs = sorted((staging / "book" / "runs").glob(f"*/{path.name}"))
+        found = [_take_specs(run) for run in runs]
+        _take_specs(path, found)
+
+
+def _take_specs(path: Path, runs: Sequence[Sequence[dict]] = ()) -> list[dict]:
+    """The specifications of a notebook's figures, which are moved below their cells; curves joined with those of runs.
+
+    The same figure has the same place among them: the cells of a chapter and of its runs are the same.
+    """
+    nb, cells, specs = nbformat.read(path, as_version=4), [], []
+    for cell in nb.cells:
+        cells.append(cell)
+        pictures = [output for output in cell.get("outputs", []) if "image/svg+xml" in output.get("data", {})]
+        for place, output in enumerate(pictures):
+            if looking.MIME not in output.data:
+                continue
+            spec = output.data.pop(looking.MIME)
+            others = [run[len(specs)] for run in runs if len(run) > len(specs)]
+            specs.append(spec)
+            html = looking.markup(looking.combine(spec, others), place)
+            cells.append(nbformat.v4.new_markdown_cell(f"```{{raw}} html\n{html}\n```", id=f"{cell.id}-look-{place}"))
+    if specs:
+        nb.cells = cells
+        write(path, stored.dumps(nb))
+    return specs
 
 
 def _card(model: str) -> str:

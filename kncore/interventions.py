@@ -97,6 +97,8 @@ def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
         old = arch.value_vectors(lm.model, lm.spec, delta.block)
         shapes = tuple(delta.neurons.shape), tuple(delta.hidden.shape)
         rank = len(delta.neurons)
+        if old.is_meta:
+            raise ValueError(f"the weights of block {delta.block} are on disk; load {lm.name} without a device map")
         if shapes != ((rank, old.shape[0]), (rank, old.shape[1])):
             raise ValueError(
                 f"delta for block {delta.block} has shapes {shapes}; expected (rank, {old.shape[0]}) and "
@@ -215,7 +217,7 @@ def _changed(
                 "an intervention at the target position knows that position only while the whole model runs; "
                 "use position='all' around attribution and replay"
             )
-        at = torch.arange(len(x), device=x.device)[:, None], where[-1][:, None], columns_here
+        at = torch.arange(len(x), device=x.device)[:, None], where[-1].to(x.device)[:, None], columns_here
         return x.index_put(at, changes[block](x[at]))
 
     with contextlib.ExitStack() as hooks:

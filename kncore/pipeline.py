@@ -1,6 +1,6 @@
 """Run notebooks: in a scratch folder, with parameters checked before anything starts; what succeeded is stored.
 
-A checkout holds notebooks/NN-*.ipynb (one chapter each), results/ (one record per claim and model) and book/ (prose).
+A checkout holds `notebooks/NN-*.ipynb` (one chapter each), results/ (one record per claim and model), book/ (prose).
 Nothing here writes into a tracked folder before a run has succeeded.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -68,7 +71,7 @@ def find_root(start: Path | None = None) -> Path:
 
 
 def chapters(root: Path, only: Sequence[str] = ()) -> list[Chapter]:
-    """The notebooks notebooks/NN-*.ipynb in order, or those named by number, name or file name in `only`.
+    """The notebooks `notebooks/NN-*.ipynb` in order, or those named by number, name or file name in `only`.
 
     Raises:
         UsageError: there is no notebook, or one of `only` names none.
@@ -189,10 +192,39 @@ def run(
             places = {scratch: ".", str(root): ".", str(Path.home()): "~", **names}
             notebook = stored.finalise(executed, places)
             move(Path(scratch) / "results", records)
+            _note(took(records, chapter, mine), executed, folder / chapter.path.name, stored.dumps(notebook))
             written.append(write(folder / chapter.path.name, stored.dumps(notebook)))
         for problem in stored.problems(notebook):
             print(f"  note: {chapter.path.name}: {problem}", file=sys.stderr)
     return written
+
+
+def took(records: Path, chapter: Chapter, parameters: Mapping[str, Scalar] | None = None) -> Path:
+    """Where a run leaves how long it took, on how many threads, when, and with which packages: a TOML file.
+
+    It stands beside the records of the model, or in their folder for a chapter that compares models.
+    """
+    told = {**chapter.defaults, **(parameters or {})}
+    folder = records if compares(chapter) else records / slug(str(told.get("model", "default")))
+    return folder / f"{chapter.number}.toml"
+
+
+def _note(place: Path, executed: nbformat.NotebookNode, target: Path, text: str) -> None:
+    """Write how long a run took, unless the notebook came out as it was: then what is noted there still holds."""
+    if place.is_file() and target.is_file() and target.read_text(encoding="utf-8") == text:
+        return
+    said = {"seconds": round(executed.metadata.papermill.duration), "date": datetime.now(UTC).date().isoformat()}
+    said["threads"] = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
+    said |= {name: metadata.version(name).partition("+")[0] for name in ("kncore", "torch", "transformers")}
+    write(place, "".join(f"{name} = {json.dumps(value)}\n" for name, value in said.items()))
+
+
+def keep_times(results: Path, earlier: Path) -> None:
+    """Put what is noted of runs below `earlier` in place of that below `results`, so that pages stay the same."""
+    for path in results.rglob("*.toml"):
+        old = earlier / path.relative_to(results)
+        if old.is_file():
+            shutil.copyfile(old, path)
 
 
 def compares(chapter: Chapter) -> bool:

@@ -100,18 +100,20 @@ def capture(
 
     def keep_input(block, args, kwargs):
         x = args[0] if args else kwargs["hidden_states"]
-        inputs.append(x[rows[:, None], here])
+        inputs.append(x.to(lm.device)[rows[:, None], here])
         rotary.append(kwargs.get("position_embeddings"))
 
     with torch.no_grad(), contextlib.ExitStack() as hooks:
         for block in lm.blocks:
             hooks.callback(block.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
             for name, site in sites.items():
-                hooks.enter_context(arch.at_site(block, site, lambda x, n=name: kept[n].append(x[rows, seen])))
+                hooks.enter_context(
+                    arch.at_site(block, site, lambda x, n=name: kept[n].append(x.to(lm.device)[rows, seen]))
+                )
         past = None if lm.spec.masked else DynamicCache()
         real = (torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]).long()
         options = {} if past is None else {"past_key_values": past, "use_cache": True}
-        states = lm.model.base_model(input_ids=ids, attention_mask=real, **options).last_hidden_state
+        states = lm.model.base_model(input_ids=ids, attention_mask=real, **options).last_hidden_state.to(lm.device)
         logits = lm.readout(states[rows, target], normed=True).float()
 
     prefix = 0 if lm.spec.masked else int(first.max())
@@ -127,7 +129,7 @@ def capture(
         [layer.keys[:, :, :prefix] for layer in layers],
         [layer.values[:, :, :prefix] for layer in layers],
         {w: _mask(lm, first, lengths, prefix, width, w) for w in windows},
-        None if rotary[0] is None else tuple(_at(r, here) for r in rotary[0]),
+        None if rotary[0] is None else tuple(_at(r.to(lm.device), here) for r in rotary[0]),
     )
 
 
@@ -191,7 +193,7 @@ class _Prefix:
         self.captured, self.prompts = captured, prompts
 
     def update(self, key, value, layer_idx, *args, **kwargs):
-        before = (x[layer_idx][self.prompts] for x in (self.captured.keys, self.captured.values))
+        before = (x[layer_idx][self.prompts.to(key.device)] for x in (self.captured.keys, self.captured.values))
         return tuple(torch.cat([old, new], 2) for old, new in zip(before, (key, value), strict=True))
 
     def get_seq_length(self, *args):
@@ -206,7 +208,7 @@ def _run(captured: Capture, block: nn.Module, rows: Tensor, prompts: Tensor) -> 
     if captured.rotary is not None:
         kwargs["position_embeddings"] = tuple(r[prompts] for r in captured.rotary)
     out = block(rows, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return (out[0] if isinstance(out, tuple) else out).to(rows.device)
 
 
 def _mask(lm: LM, first, lengths, prefix: int, width: int, window: int | None) -> Tensor | None:
@@ -278,5 +280,6 @@ def _place(captured: Capture, change: Change) -> Int[Tensor, " row"]:
 def _write(x: Tensor, offset: int, position: Tensor, values: Tensor) -> Tensor:
     """`x` with rows `offset:offset+len(values)` at `position` set to `values`, out of place."""
     changed = x[offset : offset + len(values)]
-    changed = changed.index_put((torch.arange(len(values), device=x.device), position), values.to(x.dtype))
+    at = torch.arange(len(values), device=x.device), position.to(x.device)
+    changed = changed.index_put(at, values.to(x.device, x.dtype))
     return torch.cat([x[:offset], changed, x[offset + len(values) :]])

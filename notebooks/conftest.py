@@ -13,7 +13,7 @@ from pathlib import Path
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, NbCellError
 
-from kncore import pipeline, stored
+from kncore import looking, pipeline, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = ROOT / "_build" / "nbval"
@@ -21,9 +21,11 @@ PLACES = {str(ROOT): ".", str(Path.home()): "~"}
 SKIPPED = (
     "image/svg+xml",
     "image/png",
+    looking.MIME,
     "stderr",
     "application/papermill.record/image/svg+xml",
     "application/papermill.record/image/png",
+    f"application/papermill.record/{looking.MIME}",
 )
 
 
@@ -42,7 +44,9 @@ class Loose(str):
 def pytest_configure(config):
     if not config.option.nbval:
         return
-    worker = os.environ.get("PYTEST_XDIST_WORKER")  # one of several processes that share the notebooks out
+    worker = os.environ.get(
+        "PYTEST_XDIST_WORKER"
+    )  # one of several processes that share the notebooks out
     if not worker:
         shutil.rmtree(FRESH, ignore_errors=True)
     results = Path(os.environ.get("KNCORE_RESULTS", FRESH / "results"))
@@ -50,7 +54,9 @@ def pytest_configure(config):
     PLACES[str(results.parent)] = "."
     os.environ.setdefault("KNCORE_SCORES", str(FRESH / "scores"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.update(pipeline.kernel_environment(FRESH / (worker or "alone"), results))
+    os.environ.update(
+        pipeline.kernel_environment(FRESH / (worker or "alone"), results)
+    )
 
 
 def pytest_collection_modifyitems(items):

@@ -341,6 +341,93 @@ def test_generated_text_is_shown_as_it_is(tmp_path_factory, text):
     assert not row[0].find(["script", "em", "code", "a", "img", "span"])
 
 
+def test_the_claims_in_small_have_a_row_for_each_chapter_and_words_for_each_mark(staging, monkeypatch):
+    for claim in claims.CLAIMS:
+        put(staging / "results", claim, "tiny", monkeypatch)
+    put(staging / "results", "equally-few", "other", monkeypatch, code="0" * 16)
+    pages.generate(staging)
+    page = shown(staging, "marks.md")
+    assert [head.get_text() for head in page.select("thead th")] == ["Chapter", "tiny", "other"]
+    rows = {row[0].get_text(): row[1:] for row in body(page)}
+    by_chapter = {}
+    for claim in claims.CLAIMS.values():
+        by_chapter.setdefault(claim.chapter, []).append(claim)
+    assert [len(row[0].select("span[role=img]")) for row in rows.values()] == [len(c) for c in by_chapter.values()]
+    for told, row in zip(by_chapter.values(), rows.values(), strict=True):
+        for claim, mark in zip(told, row[0].find_all("span"), strict=True):
+            verdict = claim.verdict(Estimate(0.8, 0.6, 0.9, 40))
+            assert mark["class"] == ["told", verdict]
+            assert mark["aria-label"] == f"{verdict}: {claim.statement}"
+            assert mark["title"].endswith("0.80 [0.60, 0.90], n = 40")
+    others = [mark for row in rows.values() for mark in row[1].find_all("span")]
+    assert sum("not-run" in mark["class"] for mark in others) == len(claims.CLAIMS) - 1
+    assert [mark["aria-label"].split(":")[0] for mark in others if "outdated" in mark["class"]] == ["supported, stale"]
+    (link,) = page.find_all("a")
+    assert link["href"] == "../notebooks/01-toy.html" and link.get_text() == "Toy"
+
+
+@pytest.mark.parametrize("value", [0.8, 0.2])
+def test_the_findings_say_what_the_records_say(staging, monkeypatch, value):
+    low, high = value - 0.1, value + 0.1
+    for claim, phrases in pages.FINDINGS.items():
+        path = put(staging / "results", claim, "tiny", monkeypatch)
+        verdict = claims.CLAIMS[claim].verdict(Estimate(value, low, high, 40))
+        told = json.loads(path.read_text()) | {"value": value, "low": low, "high": high, "verdict": verdict}
+        path.write_text(json.dumps(told | {"checksum": claims.checksum(told)}))
+        assert set(phrases) == set(claims.VERDICTS)
+    pages.generate(staging)
+    said = shown(staging, "findings.md").get_text()
+    for claim, phrases in pages.FINDINGS.items():
+        verdict = claims.CLAIMS[claim].verdict(Estimate(value, low, high, 40))
+        assert [v for v in phrases if phrases[v] in said] == [verdict]
+    assert f"Of {len(pages.FINDINGS)} claims" in said
+
+
+def test_prose_gets_the_numbers_of_its_own_model_and_no_other(staging, monkeypatch):
+    text = "{value}`equally-few` {share}`equally-few` {effect}`equally-few` {verdict}`equally-few` "
+    text += "{value}`equally-few@b/c`"
+    put(staging / "results", "equally-few", "tiny", monkeypatch, value=0.123, verdict="supported")
+    put(staging / "results", "equally-few", "b/c", monkeypatch, value=0.456, verdict="inconclusive")
+    (staging / "book" / "runs" / "b--c").mkdir(parents=True)
+    for place in ("notebooks/01-toy.ipynb", "book/runs/b--c/01-toy.ipynb", "book/runs/none/01-toy.ipynb"):
+        (staging / place).parent.mkdir(parents=True, exist_ok=True)
+        nb = notebook("x")
+        nb.cells[0].source = text
+        nbformat.write(nb, staging / place)
+    pages.fill(staging)
+    read = {p.parent.name: nbformat.read(p, 4).cells[0].source for p in staging.rglob("01-toy.ipynb")}
+    assert read["notebooks"] == "0.12 12 % 0.12 [0.60, 0.90] [supported]{.supported} 0.46"
+    assert read["b--c"] == "0.46 46 % 0.46 [0.60, 0.90] [inconclusive]{.inconclusive} 0.46"
+    assert read["none"] == " ".join(["[not run]{.not-run}"] * 4 + ["0.46"])
+    nb.cells[0].source = "{value}`equaly-few`"
+    nbformat.write(nb, staging / "notebooks" / "01-toy.ipynb")
+    with pytest.raises(pipeline.UsageError, match=r"01-toy.ipynb asks for .*equaly-few"):
+        pages.fill(staging)
+
+
+def test_definitions_are_told_in_plain_text_by_their_anchors(tmp_path):
+    page = tmp_path / "glossary.md"
+    page.write_text(
+        "# Words\n\n```{glossary}\ncoarse set\n  Of *one* {term}`neurons <neuron>`\n  and {term}`block`"
+        " {cite:p}`x`.\n\n  Two $x$.\n\nneuron\n  A number.\n```\n"
+    )
+    script = pages.terms(page)
+    told = json.loads(script.removeprefix("const TERMS = ").removesuffix(";\n"))
+    assert told == {"term-coarse-set": "Of one neurons and block. Two x.", "term-neuron": "A number."}
+    assert pages.terms(tmp_path / "none.md") == "const TERMS = {};\n"
+
+
+def test_the_readme_has_a_row_for_each_chapter_with_a_mark_for_each_claim(toy, monkeypatch):
+    put(toy / "results", "fact-has-neurons", "tiny", monkeypatch)
+    put(toy / "results", "fact-has-neurons", "other", monkeypatch)
+    _, _, row = pages.claims_table(toy).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    claim = claims.CLAIMS["fact-has-neurons"].statement
+    assert cells == ["[Toy](notebooks/01-toy.ipynb)", claim, "0.80 [0.60, 0.90], supported", "✓·"]
+    put(toy / "results", "fact-owns-neuron", "tiny", monkeypatch, code="0" * 16)
+    assert pages.claims_table(toy).rstrip().endswith("| ✓✓ (stale) |")
+
+
 def test_the_readme_keeps_all_but_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "claims_table", lambda *_, **__: "| new |\n")
     path = tmp_path / "README.md"
