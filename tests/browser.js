@@ -25,8 +25,9 @@
   function fits() {
     const scrolls = (e) =>
       e && e !== document.body && (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
+    const { clientWidth, scrollWidth } = document.documentElement;
     const wide = [...document.querySelectorAll("main *")].filter(
-      (e) => visible(e) && e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e.parentElement),
+      (e) => visible(e) && e.getBoundingClientRect().right > clientWidth + 1 && !scrolls(e.parentElement),
     );
     const over = [];
     for (const parent of document.querySelectorAll("article, article section, article .cell, article .cell_output")) {
@@ -39,7 +40,7 @@
         last = box;
       }
     }
-    return { wide: brief(wide), over: brief(over), body: document.documentElement.scrollWidth, window: innerWidth };
+    return { wide: brief(wide), over: brief(over), body: scrollWidth, window: clientWidth };
   }
 
   // Serious and critical issues. Tables with many rows have rows of one kind: the first dozen stand for all.
@@ -62,13 +63,13 @@
     const able = [...document.querySelectorAll(kinds)].filter(
       (e) => e.tabIndex >= 0 && !e.disabled && visible(e) && !(e.type === "radio" && !e.checked),
     );
-    const shown = (e) => (e.type === "radio" ? [...e.labels] : [e]); // tabs are labels of hidden radio buttons
+    const shown = (e) => (e.type === "radio" ? [...e.labels] : [e, ...e.children]); // tabs are labels of radio buttons
     const before = new Map(able.map((e) => [e, shown(e).map(look).join()]));
     const [reached, unseen] = [new Set(), new Set()];
     document.addEventListener("focusin", ({ target }) => {
       reached.add(target);
-      const box = shown(target)[0].getBoundingClientRect();
-      if (before.get(target) === shown(target).map(look).join() || !box.width || !box.height) unseen.add(target);
+      const flat = shown(target).every((e) => !e.getBoundingClientRect().width || !e.getBoundingClientRect().height);
+      if (flat || before.get(target) === shown(target).map(look).join()) unseen.add(target);
     });
     document.activeElement.blur();
     checks.missed = () => brief(able.filter((e) => !reached.has(e)));

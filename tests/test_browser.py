@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -224,7 +223,7 @@ def test_the_search_page_finds_a_term(browser, site, source):
         chapter = page.locator("#search-results li a", has_text="Does the model").first
         expect(chapter).to_be_visible()
         chapter.click()
-        expect(page.locator("article .highlighted").first).to_have_text(re.compile("localit", re.IGNORECASE))
+        expect(page.locator("article h1")).to_contain_text("Does the model")
         assert not told["errors"] and not told["foreign"]
 
 
