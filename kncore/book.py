@@ -39,6 +39,7 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         _run_beside(root, staging, timeout)
         claims.keep_dates(staging / "results", root / "results")
     pages.generate(staging)
+    whole = {path: path.read_bytes() for path in staging.rglob("[0-9][0-9]-*.ipynb")}
     look_closer(staging)
 
     print("rendering ...", end=" ", flush=True)
@@ -55,6 +56,9 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).splitlines()
         marked = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
         raise RunError("\n".join([*marked, f"The book did not build; the whole log is {log}"]))
+    for path, notebook in whole.items():  # for download: as it was run, with the outputs that the page shows otherwise
+        if (source := built / "_sources" / path.relative_to(staging)).exists():
+            source.write_bytes(notebook)
     target, old = root / "_build" / "html", root / "_build" / "html.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
