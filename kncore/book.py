@@ -53,12 +53,16 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         claims.keep_dates(staging / "results", root / "results")
         keep_times(staging / "results", root / "results")
     pages.generate(staging)
+    whole = {path: path.read_bytes() for path in staging.rglob("[0-9][0-9]-*.ipynb")}
     site = door.take_away(root, staging)
     _set_beside(staging)
     look_closer(staging)
     door.close(root, staging)
 
     built = _render(root, staging)
+    for path, notebook in whole.items():  # for download: as it was run, with the outputs that the page shows otherwise
+        if (source := built / "_sources" / path.relative_to(staging)).exists():
+            source.write_bytes(notebook)
     shutil.copytree(site, built, dirs_exist_ok=True)
     finish(built)
     target, old = root / "_build" / "html", root / "_build" / "html.old"
@@ -82,10 +86,12 @@ def pdf(root: Path) -> Path:
     staging = stage(root, runs=False)
     pages.generate(staging)
     door.close(root, staging)
-    # Sphinx writes the page below book/, with links as from the top.
-    page = (_render(root, staging, "singlehtml") / "book" / "index.html").rename(
-        staging / "_build/singlehtml/book.html"
-    )
+    built = _render(root, staging, "singlehtml")
+    # Sphinx writes the page below book/, with pictures as from the top. A link to what is not on the page would lead to
+    # this machine.
+    text = (built / "book" / "index.html").read_text(encoding="utf-8")
+    text = re.sub(r'(<a [^>]*)href="(?!https?:|mailto:|#)[^"#]*(#[^"]*)?"', r'\1href="\2"', text)
+    page = write(built / "book.html", re.sub(r'(<a [^>]*)href=""', r"\1", text))
     target = root / "_build" / "book.pdf"
     target.unlink(missing_ok=True)
     command = [browser, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run", "--no-pdf-header-footer"]
