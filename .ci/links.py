@@ -33,7 +33,7 @@ def addresses(folder: Path) -> dict[str, list[str]]:
 
 
 def ask(address: str, timeout: float = 20, tries: int = 3, pause: float = 5) -> str:
-    """ "" for an address that answers, "gone: why" for one that leads nowhere, otherwise what kept it from answering."""
+    """What an address says: nothing if it answers, "gone: why" if it leads nowhere, or what kept it from it."""
     said = ""
     for attempt in range(tries):
         time.sleep(pause * attempt)

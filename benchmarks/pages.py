@@ -2,8 +2,8 @@
 
     python benchmarks/pages.py [--out FILE]
 
-Prints a table in Markdown. *First content* is when the first text or picture was painted, after the start of loading, and
-*largest* when the largest one in sight was; *layout shift* is the sum of all shifts (0: nothing moved once it was
+Prints a table in Markdown. *First content* is when the first text or picture was painted, after the start of loading,
+and *largest* when the largest one in sight was; *layout shift* is the sum of all shifts (0: nothing moved once it was
 painted); *weight* is what a reader fetches for this page alone: all files but those that the pages share.
 """
 
@@ -96,7 +96,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = launch(playwright)
         lines = [
-            f"Chromium {browser.version.split('.')[0]}, a window of 1300 × 900, files from disk; median of three visits.",
+            f"Chromium {browser.version.split('.')[0]}, 1300 × 900, files from disk; median of three first visits.",
             "",
             "| page | first content, ms | largest, ms | layout shift | weight, kB |",
             "| --- | ---: | ---: | ---: | ---: |",

@@ -53,12 +53,16 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
         claims.keep_dates(staging / "results", root / "results")
         keep_times(staging / "results", root / "results")
     pages.generate(staging)
+    whole = {path: path.read_bytes() for path in staging.rglob("[0-9][0-9]-*.ipynb")}
     site = door.take_away(root, staging)
     _set_beside(staging)
     look_closer(staging)
     door.close(root, staging)
 
     built = _render(root, staging)
+    for path, notebook in whole.items():  # for download: as it was run, with the outputs that the page shows otherwise
+        if (source := built / "_sources" / path.relative_to(staging)).exists():
+            source.write_bytes(notebook)
     shutil.copytree(site, built, dirs_exist_ok=True)
     finish(built)
     target, old = root / "_build" / "html", root / "_build" / "html.old"

@@ -386,3 +386,27 @@ def depths(groups: Mapping[str, Sequence[Neuron]], n_blocks: int, colours: Seque
     ax.set(xlabel="block", ylabel="share of refined neurons")
     ax.legend(frameon=False)
     return ax
+
+
+def token_rows(rows: Mapping[str, tuple[Sequence[str], Sequence[float]]], label: str) -> Axes:
+    """A prompt a row, a token a cell, shaded by a number for the token, which is written into cells above a tenth.
+
+    Shades run from zero to one; `label` says what the number is.
+    """
+    width = max(len(tokens) for tokens, _ in rows.values())
+    figure, ax = plt.subplots(figsize=(8, 0.46 * len(rows) + 0.9))
+    image = np.full((len(rows), width), np.nan)
+    for i, (_, numbers) in enumerate(rows.values()):
+        image[i, : len(numbers)] = numbers
+    shown = ax.imshow(image, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i, (tokens, numbers) in enumerate(rows.values()):
+        for at, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
+            text = token.strip().replace("$", r"\$") + (f"\n{number:.2f}" if abs(number) >= 0.1 else "")
+            ax.text(at, i, text, ha="center", va="center", fontsize=6.5, color="white" if number > 0.6 else "black")
+    ax.set_yticks(range(len(rows)), labels=list(rows))
+    ax.set_xticks([])
+    ax.set_xlabel("token of the prompt")
+    ax.tick_params(length=0)
+    sns.despine(ax=ax, left=True, bottom=True)
+    figure.colorbar(shown, ax=ax, pad=0.01).set_label(label)
+    return ax

@@ -222,7 +222,7 @@ def curves(
         rows.replace([math.inf, -math.inf], np.nan),
         [
             {"filter": "datum.model === model || datum.model === beside"},
-            {"calculate": "format(datum.low, '.3~f') + ' to ' + format(datum.high, '.3~f')", "as": "interval"},
+            {"calculate": "format(datum.low, '.3f') + ' to ' + format(datum.high, '.3f')", "as": "interval"},
         ],
         [{"name": "model", "value": model}, {"name": "beside", "value": ""}, {"name": "columns", "value": 4}],
         facet={"field": "panel", "type": "nominal", "sort": list(panels), "header": {"title": None}},
@@ -251,18 +251,16 @@ def curves(
                     },
                 },
                 "detail": {"field": "model"},
+                "y": side | {"field": "value"},
             },
             "layer": [
                 {
                     "mark": {"type": "area", "opacity": 0.14},
                     "encoding": {"y": side | {"field": "low"}, "y2": {"field": "high"}},
                 },
-                {
-                    "mark": "line",
-                    "encoding": {"y": side | {"field": "value"}, "strokeDash": dashed},
-                },
-                {"mark": {"type": "circle", "size": 30, "opacity": 1}, "encoding": {"y": side | {"field": "value"}}},
-                {"encoding": {"y": side | {"field": "value"}}} | _points(told, 110),
+                {"mark": "line", "encoding": {"strokeDash": dashed}},
+                {"mark": {"type": "circle", "size": 30, "opacity": 1}},
+                _points(told, 110),
             ],
         },
     )
@@ -282,7 +280,7 @@ def combine(spec: Spec, others: Sequence[Spec]) -> Spec:
     whole["data"]["values"] = data(*told.values()).to_csv(index=False)
     choose = {
         "model": {"input": "select", "options": names, "name": "Model"},
-        "beside": {"input": "select", "options": ["", *names], "labels": ["none", *names], "name": "beside it, dashed"},
+        "beside": {"input": "select", "options": ["", *names], "labels": ["none", *names], "name": "Dashed"},
     }
     for parameter in whole["params"]:
         if parameter["name"] in choose:

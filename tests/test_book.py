@@ -12,11 +12,12 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
+import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from kncore import claims, pipeline, stored
+from kncore import claims, looking, pipeline, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
@@ -150,6 +151,86 @@ def test_mathematics_is_typeset_from_the_books_own_files(pages):
         assert not re.search(
             r"\\require|\\cancel|\\ce\{|\\bbox|\\color", "".join(m.get_text() for m in page.find_all(class_="math"))
         ), f"{path.name} uses a TeX extension that is not in the bundled script"
+
+
+def size(path: Path, page: BeautifulSoup) -> int:
+    """Bytes of a page and of its own pictures; style sheets, scripts and fonts are shared by all pages."""
+    pictures = {image["src"].split("?")[0] for image in page.find_all("img", src=True)}
+    local = [path.parent / unquote(source) for source in pictures if not source.startswith("data:")]
+    return path.stat().st_size + sum(file.stat().st_size for file in local)
+
+
+def test_no_page_is_larger_than_it_should_be(pages):
+    sizes = {path.relative_to(HTML).as_posix(): size(path, page) for path, page in pages.items()}
+    assert max(sizes.values()) > 100_000, "the pictures were not counted"
+    assert not {name: n for name, n in sizes.items() if n > 1_500_000}
+
+
+def looked_into(page: BeautifulSoup) -> list[tuple[str, dict]]:
+    """The interactive figures of a page: what each is of, and its specification."""
+    return [(place["data-look"], json.loads(place.find("script").string)) for place in page.select("div.look")]
+
+
+def test_interactive_figures_stand_below_the_picture_that_they_stand_for(pages):
+    found = {}
+    for path, page in pages.items():
+        for place in page.select("div.look"):
+            cell = place.find_previous_sibling(class_="cell")
+            picture = cell.select(".cell_output figure > img")[int(place["data-figure"])]
+            assert picture["alt"] and picture.parent.find("figcaption").get_text(strip=True), path.name
+            script = place.find("script")
+            assert script["type"] == "application/json" and "src" not in script.attrs
+            found.setdefault(path.relative_to(HTML).as_posix(), []).append(place["data-look"])
+    chapters = {name: looks for name, looks in found.items() if name.startswith("notebooks/")}
+    assert chapters == {
+        "notebooks/01-a-few-neurons.html": ["attribution-map"],
+        "notebooks/04-turning-the-neurons-off.html": ["dose", "dose"],
+        "notebooks/06-where-the-effect-sits.html": ["trace", "trace"],
+    }
+
+
+def test_what_an_interactive_figure_holds_is_what_the_notebook_stored(pages):
+    for chapter in pipeline.chapters(STAGED):
+        page = pages[HTML / "notebooks" / f"{chapter.path.stem}.html"]
+        source = HTML / "_sources" / "notebooks" / chapter.path.name
+        outputs = [o for cell in nbformat.read(source, 4).cells for o in cell.get("outputs", [])]
+        kept = [output.data[looking.MIME] for output in outputs if looking.MIME in output.get("data", {})]
+        shown = looked_into(page)
+        assert len(shown) == len(kept)
+        for (_, spec), original in zip(shown, kept, strict=True):
+            rows, mine = looking.data(spec), looking.data(original)
+            if "model" in rows:
+                assert set(rows.model) > set(mine.model), "a chapter shows the runs on other models too"
+                rows = rows[rows.model.isin(mine.model)]
+            assert rows.reset_index(drop=True).equals(mine)
+
+
+def test_scripts_for_interactive_figures_are_the_books_own(pages):
+    vega = HTML / "_static" / "vega"
+    assert "Redistribution and use" in (vega / "LICENSE").read_text("utf-8")
+    for name in ("vega", "vega-lite", "vega-embed"):
+        assert (vega / f"{name}.min.js").stat().st_size > 50_000
+    for path, page in pages.items():
+        scripts = [script["src"] for script in page.find_all("script", src=True)]
+        assert not [source for source in scripts if "vega" in source], f"{path.name} loads Vega before it is wanted"
+        wanted = bool(page.select("div.look, #claims-filter"))
+        assert sum("look.js" in source for source in scripts) == 1 or not wanted, path.name
+
+
+def test_the_filter_of_the_claims_names_what_the_matrix_holds(pages):
+    page = pages[HTML / "book" / "claims.html"]
+    form = page.find("form", id="claims-filter")
+    options = {
+        field["name"]: [o["value"] for o in field.find_all("option") if o["value"]] for field in form.select("select")
+    }
+    heads = [head.get_text(strip=True) for head in page.select("table.matrix thead th")]
+    assert options["model"] == heads[1:]
+    assert set(options["chapter"]) == {claim.chapter for claim in claims.CLAIMS.values()} & {
+        chapter.number for chapter in pipeline.chapters(ROOT)
+    }
+    shown = {name for span in page.select("table.matrix tbody td span") for name in span["class"]}
+    assert set(options["verdict"]) >= shown & {"supported", "contradicted", "inconclusive", "not-run"}
+    assert form.find("output")["aria-live"] == "polite" and form.find(attrs={"name": "text"})
 
 
 def test_there_is_one_search_box(pages):

@@ -87,6 +87,7 @@
     };
     const unpin = row => {
       pinned.delete(row);
+      status.textContent = pinned.size ? `${pinned.size} pinned` : hint;
       list();
     };
     function list() {
@@ -155,12 +156,12 @@
         const drawn = chart.querySelector("canvas").getBoundingClientRect();
         view.signal(across, Math.max(80, view.signal(across) + (width - drawn.width) / columns));
         if (wide()) view.signal(up, Math.max(80, view.signal(up) + height - drawn.height));
-        await view.runAsync();
+        await view.resize().runAsync();
       }
     }
     let size;
     async function draw() {
-      const told = colours(), mine = structuredClone(spec), columns = wide() ? 4 : 2;
+      const told = colours(), mine = structuredClone(spec), columns = wide() ? 4 : 1;
       const set = { ink: told.ink, pinned: [...pinned.keys()], columns };
       for (const one of mine.params) {
         if (one.name in set) one.value = set[one.name];
@@ -186,12 +187,19 @@
     async function closer() {
       if (place.dataset.state !== "picture") return;
       const box = picture.getBoundingClientRect();
-      size = [wide() ? box.width : figure.clientWidth, box.height];
       place.dataset.state = "loading";
-      await loadVega();
+      try {
+        await loadVega();
+      } catch (error) {
+        library = undefined;
+        place.dataset.state = "picture";
+        status.textContent = error.message;
+        return;
+      }
       chart.hidden = false;
-      chart.style.minHeight = `${box.height}px`;
+      chart.style.height = wide() ? `${box.height}px` : ""; // nothing below moves while the chart finds its size
       figure.classList.add("looking");
+      size = [wide() ? box.width : chart.clientWidth, box.height];
       await draw();
       place.dataset.state = "closer";
       button.textContent = "Show the picture";

@@ -17,3 +17,6 @@ if (window.MathJax) {
       }),
   };
 }
+
+// A page from disk may not read the others, from which the search takes its excerpts.
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;

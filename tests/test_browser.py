@@ -1,0 +1,316 @@
+"""The rendered book in _build/html as Chromium shows it: from disk and over HTTP, light and dark, on a phone, by keys.
+
+Each page is visited once (`visit`), what was seen is shared by the tests, and its screenshots go to _build/screenshots.
+Without a browser these tests are skipped, or fail where KNCORE_BROWSER=required; KNCORE_CHROMIUM names a browser.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pages
+import pytest
+from axe_playwright_python.base import AXE_SCRIPT
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from test_book import HTML, ROOT, contents
+
+SCREENSHOTS = ROOT / "_build" / "screenshots"
+CHECKS = Path(__file__).with_name("browser.js")
+RUNS = [path.relative_to(ROOT).with_suffix("").as_posix() for path in sorted(ROOT.glob("book/runs/*/*.ipynb"))]
+RUNS += sorted({f"{Path(run).parent.as_posix()}/index" for run in RUNS})
+# The pages of one model, the one with the fewest, stand for those of the others where a check takes long: they differ
+# in numbers only.
+FOLDERS = [Path(run).parent for run in RUNS]
+FEWEST = min(FOLDERS, key=FOLDERS.count)
+CLOSELY = [*contents(), "search", *(run for run in RUNS if Path(run).parent == FEWEST)]
+NAMES = [*CLOSELY, "genindex", *(run for run in RUNS if run not in CLOSELY)]
+
+
+def each(names: list[str]) -> pytest.MarkDecorator:
+    """A test for each page; with several processes, all tests of a page in one."""
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
+
+
+# ------------------------------------------------------------------------------------------ browser and pages
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if not (HTML / "index.html").exists():
+        if os.environ.get("KNCORE_BOOK") == "required":
+            pytest.fail("there is no _build/html: `python -m kncore book` did not build the book")
+        pytest.skip("the book is not built: `make book`")
+    if not pages.chromium():
+        told = "no Chromium was found: install it (Debian: apt-get install chromium) or name it in KNCORE_CHROMIUM"
+        pytest.fail(told) if os.environ.get("KNCORE_BROWSER") == "required" else pytest.skip(told)
+    with sync_playwright() as playwright, closing(pages.launch(playwright)) as launched:
+        yield launched
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[str]:
+    """Where the book is served over HTTP."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def watched(context: BrowserContext, site: str) -> tuple[Page, dict[str, list[str]]]:
+    """A new page, and what it will have said and asked for; what is not of this book is refused."""
+    page = context.new_page()
+    told = {"errors": [], "requests": [], "foreign": []}
+    page.on("console", lambda message: told["errors"].append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: told["errors"].append(str(error)))
+    page.on("request", lambda request: told["requests"].append(request.url))
+    own = (HTML.as_uri(), site, "data:", "blob:", "about:")
+
+    def refuse(route):
+        told["foreign"].append(route.request.url)
+        route.abort()
+
+    page.route(lambda address: not address.startswith(own), refuse)
+    return page, told
+
+
+def opened(browser: Browser, **options) -> BrowserContext:
+    context = browser.new_context(**options)
+    context.add_init_script(path=CHECKS)
+    return context
+
+
+def audited(page: Page, *rules: str) -> list[str]:
+    page.evaluate(f"() => {{ {AXE_SCRIPT} }}")
+    return page.evaluate("rules => checks.audit(rules)", rules)
+
+
+@pytest.fixture(scope="session")
+def visit(browser: Browser, site: str) -> Iterator[Callable[[str], dict]]:
+    """What is seen on a page, by name: on a desk from disk, in light and dark; on a phone over HTTP."""
+    desk, phone = opened(browser, **pages.DESKTOP), opened(browser, **pages.PHONE)
+    desk.add_init_script(pages.OBSERVE)
+    SCREENSHOTS.mkdir(exist_ok=True)
+
+    def shot(page: Page, name: str, kind: str) -> None:
+        height = min(page.evaluate("document.documentElement.scrollHeight"), 16_000)  # what Chromium can draw
+        clip = {"x": 0, "y": 0, "width": page.viewport_size["width"], "height": height}
+        path = SCREENSHOTS / f"{name.replace('/', '-')}-{kind}.jpg"
+        page.screenshot(path=path, full_page=True, clip=clip, type="jpeg", quality=80)
+
+    @functools.cache
+    def see(name: str) -> dict:
+        page, told = watched(desk, site)
+        told["figures"] = pages.load(page, (HTML / f"{name}.html").as_uri())
+        told["seen"] = page.evaluate("checks.seen()")
+        told["kB"] = pages.weight(told["requests"])
+        if name not in CLOSELY:
+            page.close()
+            return told
+        told["light"] = audited(page)
+        shot(page, name, "light")
+        page.evaluate("Object.assign(document.documentElement.dataset, { mode: 'dark', theme: 'dark' })")
+        told["dark"] = audited(page, "color-contrast", "link-in-text-block")
+        shot(page, name, "dark")
+        page.close()
+        page, told["phone"] = watched(phone, site)
+        page.goto(f"{site}/{name}.html")
+        page.evaluate(pages.SETTLED)
+        told["fits"] = page.evaluate("checks.fits()")
+        told["narrow"] = audited(page, "scrollable-region-focusable")
+        shot(page, name, "phone")
+        page.close()
+        return told
+
+    yield see
+    desk.close()
+    phone.close()
+
+
+@pytest.fixture
+def page(browser: Browser, site: str) -> Iterator[Page]:
+    """A page on a desk, over HTTP: its addresses are below /."""
+    with closing(opened(browser, **pages.DESKTOP, base_url=site)) as context:
+        yield context.new_page()
+
+
+# --------------------------------------------------------------------------------------------- every page
+
+
+@each(NAMES)
+def test_a_page_loads_without_errors_and_asks_no_other_host(visit, name):
+    told = visit(name)
+    for where in (told, told.get("phone", {})):
+        assert not where.get("errors") and not where.get("foreign")
+    assert not told["seen"]["unloaded"]
+
+
+@each(NAMES)
+def test_formulas_are_set_and_pictures_have_words(visit, name):
+    seen = visit(name)["seen"]
+    assert not seen["unset"] and not seen["wrong"]
+    assert not seen["nameless"] and not seen["twice"]
+
+
+@each(NAMES)
+def test_nothing_moves_late_and_a_page_is_light(visit, name):
+    told = visit(name)
+    assert told["figures"]["shift"] < 0.02
+    assert not told["seen"]["unsized"]
+    assert told["kB"] < 1500
+
+
+@each(CLOSELY)
+def test_a_page_holds_on_a_phone(visit, name):
+    fits = visit(name)["fits"]
+    assert fits["window"] == fits["body"] == pages.PHONE["viewport"]["width"]
+    assert not fits["wide"] and not fits["over"]
+
+
+@each(CLOSELY)
+def test_axe_finds_nothing_serious(visit, name):
+    told = visit(name)
+    assert not told["light"], "light"
+    assert not told["dark"], "dark"
+    assert not told["narrow"], "on a phone"
+
+
+def test_the_checks_see_what_is_wrong(browser, site):
+    with closing(opened(browser, **pages.PHONE)) as context:
+        page, told = watched(context, site)
+        page.goto(f"{site}/search.html")
+        page.set_content(
+            """<html><meta name="viewport" content="width=device-width"><main><article style="color: #aaa">
+            <img src="http://far.example/a.png"><p>grey</p><p style="margin-top: -3em">on it</p><a href="x" id="a">x</a>
+            <button id="a" style="width: 900px; outline: none">wide</button> <span class="math">x</span>
+            <script>undefined.x</script></article></main></html>"""
+        )
+        assert told["foreign"] == ["http://far.example/a.png"]
+        assert any("undefined" in error for error in told["errors"])
+        seen, fits = page.evaluate("checks.seen()"), page.evaluate("checks.fits()")
+        assert [len(seen[key]) for key in ("unset", "nameless", "unsized", "unloaded", "twice")] == [1] * 5
+        assert fits["wide"] and fits["over"] and fits["body"] > 390
+        assert {line.split(":")[0] for line in audited(page)} >= {"image-alt", "color-contrast"}
+        assert page.evaluate("checks.watch()") == 2
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        assert not page.evaluate("checks.missed()")
+        assert [text[:7] for text in page.evaluate("checks.unseen()")] == ["<button"]
+
+
+# ------------------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("source", ["disk", "http"])
+def test_the_search_page_finds_a_term(browser, site, source):
+    start = HTML.as_uri() if source == "disk" else site
+    with closing(browser.new_context(**pages.DESKTOP)) as context:
+        page, told = watched(context, site)
+        page.goto(f"{start}/search.html")
+        field = page.get_by_role("main").get_by_role("searchbox")
+        field.fill("locality")
+        field.press("Enter")
+        chapter = page.locator("#search-results li a", has_text="Does the model").first
+        expect(chapter).to_be_visible()
+        chapter.click()
+        expect(page.locator("article h1")).to_contain_text("Does the model")
+        assert not told["errors"] and not told["foreign"]
+
+
+def test_the_search_dialog_opens_and_closes_by_keyboard(page):
+    page.goto("/book/index.html")
+    dialog = page.locator("#pst-search-dialog")
+    page.keyboard.press("Control+k")
+    expect(dialog).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    page.keyboard.press("Control+k")
+    page.keyboard.type("locality")
+    page.keyboard.press("Enter")
+    expect(page.locator("#search-results li").first).to_be_visible()
+
+
+# ------------------------------------------------------------------------------------------------ keyboard
+
+
+@each(contents())
+def test_the_tab_key_reaches_everything_and_the_focus_is_seen(page, name):
+    page.goto(f"/{name}.html")
+    page.evaluate(pages.SETTLED)
+    for _ in range(page.evaluate("checks.watch()") + 20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            break
+    assert not page.evaluate("checks.missed()")
+    assert not page.evaluate("checks.unseen()")
+
+
+def test_hidden_code_opens_by_keyboard(page):
+    page.goto(f"/{next(name for name in contents() if name.startswith('notebooks/'))}.html")
+    toggle = page.locator("details.hide > summary").first
+    code = page.locator("details.hide .cell_input").first
+    expect(code).to_be_hidden()
+    toggle.focus()
+    page.keyboard.press("Enter")
+    expect(code).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(code).to_be_hidden()
+
+
+def test_the_contents_of_another_model_open_by_keyboard(page):
+    page.goto("/book/index.html")
+    toggle = page.get_by_label("Chapters: ").first
+    toggle.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".bd-links details[open] li a").first).to_be_visible()
+
+
+def test_the_download_menu_opens_and_closes_by_keyboard(page):
+    page.goto(f"/{next(name for name in contents() if name.startswith('notebooks/'))}.html")
+    button = page.get_by_label("Download this page")
+    button.focus()
+    page.keyboard.press("Enter")
+    menu = page.locator(".dropdown-download-buttons .dropdown-menu")
+    expect(menu).to_be_visible()
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.closest('.dropdown-menu') !== null")
+    page.keyboard.press("Escape")
+    expect(menu).to_be_hidden()
+
+
+def test_the_theme_switches_by_keyboard_and_stays(page):
+    page.emulate_media(color_scheme="light")
+    page.goto("/book/index.html")
+    html, light = page.locator("html"), page.evaluate("getComputedStyle(document.body).backgroundColor")
+    expect(html).to_have_attribute("data-theme", "light")
+    for _ in range(3):  # the system's choice, light, dark
+        if html.get_attribute("data-theme") == "dark":
+            break
+        page.locator(".theme-switch-button").first.focus()
+        page.keyboard.press("Enter")
+    expect(html).to_have_attribute("data-theme", "dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    page.goto("/book/claims.html")
+    expect(html).to_have_attribute("data-theme", "dark")
+
+
+def test_the_contents_open_on_a_phone(browser, site):
+    with closing(browser.new_context(**pages.PHONE, base_url=site)) as context:
+        page = context.new_page()
+        page.goto("/book/index.html")
+        link = page.locator("dialog .bd-links a, .bd-sidebar-primary .bd-links a").nth(2)
+        expect(link).not_to_be_in_viewport()
+        page.locator(".primary-toggle").first.tap()
+        expect(link).to_be_in_viewport()
+        link.tap()
+        expect(page.locator("article h1")).to_be_visible()
