@@ -40,13 +40,14 @@ pdf: $(STAMP)  ## print the book, from the stored notebooks, into _build/book.pd
 	$(PY) -m kncore pdf
 
 test: lint  ## lint, unit tests, stored notebooks against fresh runs, the rendered book and its pages
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore tests/test_book.py $(SHARED)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore tests/test_book.py --ignore tests/test_browser.py $(SHARED)
 	rm -rf $(FRESH)
 	OMP_NUM_THREADS=1 KNCORE_SCORES=$(FRESH)/scores KNCORE_RESULTS=$(FRESH)/results \
 		$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=1800 $(SHARED)
 	$(MAKE) smoke
 	$(PY) -m kncore render
 	KNCORE_COMPUTED=$(FRESH)/results:$(CURDIR)/_build/smoke/results KNCORE_BOOK=required $(PY) -m pytest tests/test_book.py
+	KNCORE_BOOK=required $(PY) -m pytest tests/test_browser.py -n $(JOBS) --dist loadgroup
 
 smoke: $(STAMP)  ## every notebook, computed anew on the smallest controlled model, in a few minutes
 	rm -rf _build/smoke
@@ -69,6 +70,7 @@ bench: $(STAMP)  ## time attribution beside its peers, edits and traces, into bo
 	$(PY) benchmarks/attribution.py --out book/benchmark-table.md $(BENCH)
 	$(PY) benchmarks/effects.py --out book/benchmark-effects.md
 	$(PY) benchmarks/tracing.py --stride 3 --out book/benchmark-tracing.md
+	$(PY) benchmarks/pages.py --out book/benchmark-pages.md
 
 clean:  ## remove what was built; .venv and the model cache stay
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis kncore.egg-info
