@@ -152,6 +152,20 @@ def test_mathematics_is_typeset_from_the_books_own_files(pages):
         ), f"{path.name} uses a TeX extension that is not in the bundled script"
 
 
+def test_every_link_to_a_term_has_its_definition_at_hand(pages):
+    script = (HTML / "_static" / "terms.js").read_text("utf-8")
+    told = json.loads(script.removeprefix("const TERMS = ").removesuffix(";\n"))
+    linked = {
+        urldefrag(anchor["href"])[1]
+        for page in pages.values()
+        for anchor in page.select('a.reference[href*="#term-"]:has(.std-term)')
+    }
+    assert linked and linked <= set(told)
+    assert all(len(text.split()) > 5 and not re.search(r"[{}`$]", text) for text in told.values())
+    for page in pages.values():
+        assert {"terms.js", "glossary.js"} <= {Path(urlsplit(s["src"]).path).name for s in page.select("script[src]")}
+
+
 def test_there_is_one_search_box(pages):
     page = pages[HTML / "book" / "index.html"]
     assert len(page.select("header form[role=search], .bd-header form")) == 0
