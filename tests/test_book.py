@@ -157,8 +157,12 @@ def test_mathematics_is_typeset_from_the_books_own_files(pages):
 
 
 def size(path: Path, page: BeautifulSoup) -> int:
-    """Bytes of a page and of its own pictures; style sheets, scripts and fonts are shared by all pages."""
-    pictures = {image["src"].split("?")[0] for image in page.find_all("img", src=True)}
+    """Bytes of a page and of its own pictures, without those in closed boxes, which are fetched when one is opened.
+
+    Style sheets, scripts and fonts are shared by all pages.
+    """
+    drawn = [image for image in page.find_all("img", src=True) if not image.find_parent("details", open=False)]
+    pictures = {image["src"].split("?")[0] for image in drawn}
     local = [path.parent / unquote(source) for source in pictures if not source.startswith("data:")]
     return path.stat().st_size + sum(file.stat().st_size for file in local)
 
@@ -234,6 +238,20 @@ def test_the_filter_of_the_claims_names_what_the_matrix_holds(pages):
     shown = {name for span in page.select("table.matrix tbody td span") for name in span["class"]}
     assert set(options["verdict"]) >= shown & {"supported", "contradicted", "inconclusive", "not-run"}
     assert form.find("output")["aria-live"] == "polite" and form.find(attrs={"name": "text"})
+
+
+def test_every_link_to_a_term_has_its_definition_at_hand(pages):
+    script = (HTML / "_static" / "terms.js").read_text("utf-8")
+    told = json.loads(script.removeprefix("const TERMS = ").removesuffix(";\n"))
+    linked = {
+        urldefrag(anchor["href"])[1]
+        for page in pages.values()
+        for anchor in page.select('a.reference[href*="#term-"]:has(.std-term)')
+    }
+    assert linked and linked <= set(told)
+    assert all(len(text.split()) > 5 and not re.search(r"[{}`$]", text) for text in told.values())
+    for page in pages.values():
+        assert {"terms.js", "glossary.js"} <= {Path(urlsplit(s["src"]).path).name for s in page.select("script[src]")}
 
 
 def test_there_is_one_search_box(pages):

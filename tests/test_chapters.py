@@ -1,4 +1,4 @@
-"""What every chapter has for its reader: a result in short, exercises, commands that work as written, links to terms."""
+"""What every chapter has for its reader: a result in short, exercises, commands that work, links to terms."""
 
 from __future__ import annotations
 

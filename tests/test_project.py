@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kncore
-from kncore import __main__, pages, pipeline, stored
+from kncore import __main__, pages, pipeline, rome, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -119,6 +120,18 @@ def test_the_readme_shows_commands_that_exist():
     for name in re.findall(r"(?:notebooks|book)/[\w./-]+\.(?:ipynb|png|md)", readme):
         assert (ROOT / name).is_file(), f"README.md names {name}"
     assert "papermill notebooks/" in readme
+
+
+@pytest.mark.model
+def test_the_example_of_the_readme_runs(capsys, monkeypatch):
+    settings = rome.HYPER["smollm2-135m"]  # the covariance of a text at hand, which need not be written first
+    monkeypatch.setitem(rome.HYPER, "smollm2-135m", replace(settings, covariance="text"))
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M
+    )
+    exec(compile(example, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "prefers" in said and "reliability" in said and "symmetry" in said
 
 
 def test_the_readme_holds_the_verdicts_of_the_records():
