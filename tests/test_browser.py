@@ -17,7 +17,7 @@ from pathlib import Path
 import pages
 import pytest
 from axe_playwright_python.base import AXE_SCRIPT
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ElementHandle, Locator, Page, expect, sync_playwright
 from test_book import HTML, ROOT, contents
 
 SCREENSHOTS = ROOT / "_build" / "screenshots"
@@ -314,3 +314,161 @@ def test_the_contents_open_on_a_phone(browser, site):
         expect(link).to_be_in_viewport()
         link.tap()
         expect(page.locator("article h1")).to_be_visible()
+
+
+# ------------------------------------------------------------------------------------------- looking closer
+
+TOLD = {  # by kind of figure: what the pointer is told
+    "attribution-map": ("block·neuron", "rank by size", "score (probability)", "promotes"),
+    "trace": ("token", "block", "log-odds brought back, nats"),
+    "dose": ("neurons", "share that stays right", "95 % interval"),
+}
+PICTURE = "place => place.cell.querySelectorAll('.cell_output img')[place.dataset.figure]"
+
+
+def closer(page: Page, name: str) -> Iterator[tuple[str, Locator, ElementHandle]]:
+    """The interactive figures of a page, drawn: kind, the element that controls it, the chart."""
+    page.goto(f"/{name}.html")
+    for place in page.locator(".look").all():
+        place.scroll_into_view_if_needed()
+        expect(place).to_have_attribute("data-state", "closer", timeout=30_000)
+        yield (
+            place.get_attribute("data-look"),
+            place,
+            place.evaluate_handle(f"e => ({PICTURE})(e).nextSibling").as_element(),
+        )
+
+
+def has_looks(name: str) -> bool:
+    return (HTML / f"{name}.html").is_file() and 'class="look"' in (HTML / f"{name}.html").read_text("utf-8")
+
+
+LOOKS = [name for name in contents() if has_looks(name)]
+
+
+def test_each_kind_of_interactive_figure_is_in_the_book(browser):
+    text = "".join((HTML / f"{name}.html").read_text("utf-8") for name in LOOKS)
+    assert {kind for kind in TOLD if f'data-look="{kind}"' in text} == set(TOLD)
+
+
+@each(LOOKS)
+def test_a_pointer_is_told_about_a_figure_and_a_click_pins_it(page, name):
+    for kind, place, chart in closer(page, name):
+        box, hint, pins = (
+            chart.bounding_box(),
+            page.locator("#vg-tooltip-element"),
+            place.locator(".look-pins tbody tr"),
+        )
+        page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"], steps=3)
+        expect(hint).to_be_visible()
+        for words in TOLD[kind]:
+            expect(hint).to_contain_text(words)
+        page.mouse.down()
+        page.mouse.up()
+        expect(pins).to_have_count(1)
+        assert pins.locator("td").first.inner_text() in hint.inner_text()
+        page.mouse.move(1, 1)
+        expect(hint).to_be_hidden()
+        pins.locator(".look-unpin").click()
+        expect(pins).to_have_count(0)
+
+
+@each(LOOKS)
+def test_a_figure_is_walked_and_pinned_by_keyboard(page, name):
+    for kind, place, chart in closer(page, name):
+        status, pins = place.locator(".look-status"), place.locator(".look-pins tbody tr")
+        chart.focus()
+        page.keyboard.press("ArrowRight")
+        for words in TOLD[kind]:
+            expect(status).to_contain_text(words)
+        first = status.inner_text()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowUp")
+        expect(status).not_to_have_text(first)
+        page.keyboard.press("Enter")
+        expect(pins).to_have_count(1)
+        page.keyboard.press("Escape")
+        expect(pins).to_have_count(0)
+        toggle = place.locator(".look-toggle")
+        toggle.focus()
+        page.keyboard.press("Enter")
+        expect(place).to_have_attribute("data-state", "picture")
+        assert place.evaluate(f"e => ({PICTURE})(e).checkVisibility()") and not chart.is_visible()
+
+
+@each([name for name in LOOKS if "turning" in name])
+def test_the_model_of_a_dose_curve_is_selected(page, name):
+    for _, place, chart in closer(page, name):
+        models = place.locator("select").first
+        before = chart.screenshot()
+        models.select_option(index=models.locator("option").count() - 1)
+        page.wait_for_timeout(300)
+        assert chart.screenshot() != before
+
+
+@each(LOOKS)
+def test_axe_finds_nothing_serious_in_an_interactive_figure(page, name):
+    for _, place, _chart in closer(page, name):
+        place.evaluate("e => e.scrollIntoView()")
+    assert not audited(page)
+    page.evaluate("Object.assign(document.documentElement.dataset, { mode: 'dark', theme: 'dark' })")
+    expect(page.locator('.look:not([data-state="closer"])')).to_have_count(0)
+    assert not audited(page, "color-contrast")
+
+
+@each(LOOKS)
+def test_on_a_phone_a_figure_is_drawn_where_it_is_asked_for(browser, site, name):
+    with closing(opened(browser, **pages.PHONE, base_url=site)) as context:
+        page = context.new_page()
+        page.goto(f"/{name}.html")
+        place = page.locator(".look").first
+        place.scroll_into_view_if_needed()
+        expect(place).to_have_attribute("data-state", "picture")
+        place.locator(".look-toggle").tap()
+        expect(place).to_have_attribute("data-state", "closer", timeout=30_000)
+        fits = page.evaluate("checks.fits()")
+        assert fits["window"] == fits["body"] and not fits["wide"]
+
+
+@each(LOOKS)
+def test_without_scripts_there_are_pictures(browser, site, name):
+    with closing(browser.new_context(**pages.DESKTOP, base_url=site, java_script_enabled=False)) as context:
+        page = context.new_page()
+        page.goto(f"/{name}.html")
+        assert page.locator("figure img").first.is_visible()
+        assert not any(place.is_visible() for place in page.locator(".look").all())
+
+
+def test_the_claims_are_filtered(page):
+    page.goto("/book/claims.html")
+    form, shown, rows = page.locator("#claims-filter"), page.locator("#claims-shown"), "table.matrix tbody tr"
+    every = page.locator(rows).count()
+    expect(shown).to_have_text(f"{every} of {every} claims")
+    form.locator("[name=verdict]").select_option("contradicted")
+    some = page.locator(f"{rows}:not([hidden])")
+    assert 0 < some.count() < every
+    assert some.count() == some.filter(has=page.locator("td:not([hidden]) span.contradicted")).count()
+    expect(shown).to_have_text(f"{some.count()} of {every} claims")
+    form.locator("[name=text]").fill("no claim has these words")
+    expect(some).to_have_count(0)
+    form.locator("[type=reset]").click()
+    expect(some).to_have_count(every)
+    form.locator("[name=chapter]").select_option(index=1)
+    assert 0 < some.count() < every
+    form.locator("[name=model]").select_option(index=1)
+    assert page.locator("table.matrix thead th:not([hidden])").count() == 2
+
+
+def test_a_term_shows_its_definition_to_pointer_and_keyboard(page):
+    page.goto(f"/{next(name for name in contents() if name.startswith('notebooks/'))}.html")
+    term, hint = page.locator("article a.term").first, page.locator("#term-hint")
+    expect(hint).to_be_hidden()
+    term.hover()
+    expect(hint).to_be_visible()
+    assert len(hint.inner_text().split()) > 3
+    page.mouse.move(1, 1)
+    expect(hint).to_be_hidden()
+    term.focus()
+    expect(hint).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(hint).to_be_hidden()
