@@ -26,6 +26,7 @@ from kncore.pages import _code, _list_table, _text, files
 from kncore.pipeline import Chapter, chapters, compares, slug, took, write
 
 UNKNOWN = "not recorded"
+SOURCES = {"own": "written for this book", "corpus": "the corpus of this book, whose every count is known"}
 COLAB = "https://colab.research.google.com/github"
 BRANCH = "colab"  # where the workflow `pages` puts what `install_cell` was added to
 
@@ -220,7 +221,7 @@ def provenance(known: Origin, staging: Path, everything: Sequence[Mapping], chap
     packages = [r["versions"] for r in told] or [ran]
     used = {p: sorted({v[p] for v in packages if p in v}) for p in ("kncore", "torch", "transformers")}
     rows = [["Model", of or _code(mine or UNKNOWN)]]
-    rows += [["Data", " and ".join("written for this book" if s == "own" else _text(s) for s in sources)]]
+    rows += [["Data", " and ".join(SOURCES.get(s, _text(s)) for s in sources)]]
     rows += [["Seed", ", ".join(map(str, seeds))]]
     rows += [["Packages", ", ".join(f"{p} {' and '.join(v)}" for p, v in used.items() if v) or UNKNOWN]]
     if told:
@@ -293,7 +294,8 @@ def bibtex(known: Origin, page: str, title: str) -> str:
 
 
 def _tex(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    """Text for a field of BibTeX, where braces have to pair off even when escaped: it goes without them."""
+    return re.sub(r"([&%$#_])", r"\\\1", re.sub(r"[{}\\]", "", text))
 
 
 def paper(references: Path) -> str:

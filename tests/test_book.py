@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import math
 import os
@@ -17,7 +19,8 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from kncore import claims, looking, pipeline, stored
+from kncore import claims, looking, pipeline, reference, stored
+from kncore.pages import files
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
@@ -154,8 +157,12 @@ def test_mathematics_is_typeset_from_the_books_own_files(pages):
 
 
 def size(path: Path, page: BeautifulSoup) -> int:
-    """Bytes of a page and of its own pictures; style sheets, scripts and fonts are shared by all pages."""
-    pictures = {image["src"].split("?")[0] for image in page.find_all("img", src=True)}
+    """Bytes of a page and of its own pictures, without those in closed boxes, which are fetched when one is opened.
+
+    Style sheets, scripts and fonts are shared by all pages.
+    """
+    drawn = [image for image in page.find_all("img", src=True) if not image.find_parent("details", open=False)]
+    pictures = {image["src"].split("?")[0] for image in drawn}
     local = [path.parent / unquote(source) for source in pictures if not source.startswith("data:")]
     return path.stat().st_size + sum(file.stat().st_size for file in local)
 
@@ -231,6 +238,20 @@ def test_the_filter_of_the_claims_names_what_the_matrix_holds(pages):
     shown = {name for span in page.select("table.matrix tbody td span") for name in span["class"]}
     assert set(options["verdict"]) >= shown & {"supported", "contradicted", "inconclusive", "not-run"}
     assert form.find("output")["aria-live"] == "polite" and form.find(attrs={"name": "text"})
+
+
+def test_every_link_to_a_term_has_its_definition_at_hand(pages):
+    script = (HTML / "_static" / "terms.js").read_text("utf-8")
+    told = json.loads(script.removeprefix("const TERMS = ").removesuffix(";\n"))
+    linked = {
+        urldefrag(anchor["href"])[1]
+        for page in pages.values()
+        for anchor in page.select('a.reference[href*="#term-"]:has(.std-term)')
+    }
+    assert linked and linked <= set(told)
+    assert all(len(text.split()) > 5 and not re.search(r"[{}`$]", text) for text in told.values())
+    for page in pages.values():
+        assert {"terms.js", "glossary.js"} <= {Path(urlsplit(s["src"]).path).name for s in page.select("script[src]")}
 
 
 def test_there_is_one_search_box(pages):
@@ -313,3 +334,36 @@ def test_the_matrix_shows_every_record_with_its_verdict_and_where_it_came_from(p
     silent = {place for place in cells if place[1] != "Claim"} - set(records)
     assert {cells[place].get_text(strip=True) for place in silent} <= {"not run"}
     assert len(page.select("table.provenance tbody tr")) == len(records)
+
+
+def test_every_page_can_be_cited_and_every_notebook_says_where_it_comes_from(pages):
+    toc = yaml.safe_load((STAGED / "_toc.yml").read_text(encoding="utf-8"))
+    names = [toc["root"], *(name for part in toc["parts"] for name in files(part["chapters"]))]
+    for name in names:
+        page = pages[HTML / f"{name}.html"]
+        assert len(page.select("details.cite .highlight-bibtex, .cite .highlight-bibtex")) == 2, name
+        rows = {row.find("th").get_text(strip=True): row.find("td") for row in page.select("table.origin tr")}
+        if not (STAGED / f"{name}.ipynb").is_file():
+            assert not rows, name
+            continue
+        assert {"Model", "Data", "Seed", "Packages", "Run took", "Rendered from", "Take away"} <= set(rows), name
+        assert all(link.has_attr("download") for link in rows["Take away"].find_all("a")), name
+
+
+def test_the_button_of_the_theme_gives_the_notebook_as_it_ran(pages):
+    for chapter in pipeline.chapters(ROOT):
+        page = pages[HTML / "notebooks" / f"{chapter.path.stem}.html"]
+        (button,) = page.select("a.btn-download-source-button")
+        nb = nbformat.read((HTML / "notebooks" / button["href"]).resolve(), as_version=4)
+        assert len(nb.cells) == len(nbformat.read(chapter.path, as_version=4).cells), chapter.path.name
+
+
+def test_the_reference_documents_everything_public(pages):
+    there = {tag["id"] for tag in pages[HTML / "book" / "api.html"].find_all(id=True)}
+    wanted = set()
+    for name in (name for floor in reference.floors() for name in floor):
+        module = importlib.import_module(f"kncore.{name}")
+        for member, what in vars(module).items():
+            own = (inspect.isfunction(what) or inspect.isclass(what)) and what.__module__ == module.__name__
+            wanted |= {f"kncore.{name}.{member}"} if own and not member.startswith("_") else set()
+    assert wanted and wanted <= there, wanted - there

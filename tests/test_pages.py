@@ -384,8 +384,8 @@ def test_the_findings_say_what_the_records_say(staging, monkeypatch, value):
 
 
 def test_prose_gets_the_numbers_of_its_own_model_and_no_other(staging, monkeypatch):
-    text = "{value}`equally-few` {share}`equally-few` {effect}`equally-few` {verdict}`equally-few` "
-    text += "{value}`equally-few@b/c`"
+    text = " ".join(f"{{{form}}}`equally-few`" for form in ("value", "share", "effect", "verdict"))
+    text += " {value}`equally-few@b/c`"
     put(staging / "results", "equally-few", "tiny", monkeypatch, value=0.123, verdict="supported")
     put(staging / "results", "equally-few", "b/c", monkeypatch, value=0.456, verdict="inconclusive")
     (staging / "book" / "runs" / "b--c").mkdir(parents=True)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kncore
-from kncore import __main__, pages, pipeline, stored
+from kncore import __main__, pages, pipeline, rome, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -121,6 +122,18 @@ def test_the_readme_shows_commands_that_exist():
     assert "papermill notebooks/" in readme
 
 
+@pytest.mark.model
+def test_the_example_of_the_readme_runs(capsys, monkeypatch):
+    settings = rome.HYPER["smollm2-135m"]  # the covariance of a text at hand, which need not be written first
+    monkeypatch.setitem(rome.HYPER, "smollm2-135m", replace(settings, covariance="text"))
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M
+    )
+    exec(compile(example, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "prefers" in said and "reliability" in said and "symmetry" in said
+
+
 def test_the_readme_holds_the_verdicts_of_the_records():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == pages.readme(ROOT), "run `python -m kncore readme`"
 
@@ -171,3 +184,51 @@ def test_imports_point_down():
                 continue
             below = node.module.split(".")[1:] or [alias.name for alias in node.names]
             assert all(floors[other] < floors[name] for other in below), f"{name} imports {below}"
+
+
+# ------------------------------------------------------------------------------------------------ workflows
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_pins_its_actions_and_may_only_what_it_needs(path):
+    text = path.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] in ({}, {"contents": "read"})
+    granted = {"pages:deploy": {"pages": "write", "id-token": "write"}}
+    granted |= dict.fromkeys(("pages:colab", "pages:archive"), {"contents": "write"})
+    granted["pages:build"] = {"contents": "read", "pages": "read"}
+    for name, job in workflow["jobs"].items():
+        allowed = granted.get(f"{path.stem}:{name}", {"contents": "read"})
+        assert job.get("permissions", workflow["permissions"]) == allowed, name
+        assert job["timeout-minutes"] <= 120 and job["runs-on"] == "ubuntu-latest"
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step)
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"]["persist-credentials"] is False
+            assert "${{" not in step.get("run", ""), "a script gets what GitHub knows from its environment"
+    pinned = re.findall(r"uses: (\S+)(.*)", text)
+    assert pinned
+    for action, comment in pinned:
+        assert re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", action), action
+        assert re.fullmatch(r" # v\d+(\.\d+)*", comment), f"{action} says no version"
+
+
+def test_workflows_agree_on_the_versions_of_actions():
+    used = {use for path in WORKFLOWS for use in re.findall(r"uses: (\S+)@(\w+) # (\S+)", path.read_text("utf-8"))}
+    assert len(used) == len({name for name, *_ in used})
+
+
+def test_the_publishing_workflow_builds_checks_and_then_deploys():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text(encoding="utf-8"))
+    steps = [step.get("run", step.get("uses", "")) for step in workflow["jobs"]["build"]["steps"]]
+    order = ["make install", "-m kncore render", "pytest tests/test_book.py", "actions/upload-pages-artifact@"]
+    at = [next(i for i, step in enumerate(steps) if what in step) for what in order]
+    assert at == sorted(at)
+    for step in steps:
+        if "-m kncore" in step:
+            __main__.parser().parse_args(step.split("-m kncore ")[1].split())
+    assert workflow["jobs"]["deploy"]["needs"] == "build" and workflow["jobs"]["colab"]["needs"] == "deploy"
+    assert workflow["jobs"]["deploy"]["if"] == "github.ref == 'refs/heads/main'"

@@ -1,0 +1,395 @@
+"""The way out of each page: where it comes from, how it is cited, what to take away; the reference; the PDF."""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import importlib.util
+import inspect
+import io
+import json
+import re
+import shutil
+import subprocess
+import threading
+import tomllib
+import types
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from hypothesis import given
+from hypothesis import strategies as st
+from IPython.core.inputtransformer2 import TransformerManager
+from pybtex.database import parse_string
+from test_pages import body, put, shown
+from toy import COMPUTE, make_checkout, notebook, snapshot
+
+import kncore
+from kncore import book, claims, door, pipeline, reference
+from kncore.pages import _text
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB = "https://github.com/owner/name"
+GIT = shutil.which("git")
+
+
+@pytest.fixture(autouse=True)
+def no_addresses(monkeypatch):
+    for name in ("KNCORE_REPOSITORY", "KNCORE_SITE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A checkout with a chapter, a run of it on another model, an appendix without claims, and a page of prose."""
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook(COMPUTE), n02_more=notebook(COMPUTE))
+    contents = {
+        "root": "book/index",
+        "parts": [{"chapters": [{"file": f"notebooks/{n}"} for n in ("01-toy", "02-more")]}],
+    }
+    (root / "_toc.yml").write_text(yaml.safe_dump(contents))
+    (root / "_config.yml").write_text("title: A toy & a book\nauthor: Some one\ncopyright: '2026'\n")
+    (root / "LICENSE").write_text("free\n")
+    (root / "book" / "runs" / "other").mkdir(parents=True)
+    shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "other")
+    (root / "book" / "index.md").write_text("# A title\n\nText.\n")
+    shutil.copy(ROOT / "book" / "references.bib", root / "book")
+    return root
+
+
+def closed(root: Path) -> Path:
+    staging = book.stage(root)
+    door.take_away(root, staging)
+    door.close(root, staging)
+    return staging
+
+
+def origin(staging: Path, page: str) -> dict[str, BeautifulSoup]:
+    """The table at the end of a page, as a reader sees it: name, cell."""
+    source = nbformat.read(staging / f"{page}.ipynb", as_version=4).cells[-1].source
+    pipeline.write(
+        staging / "book" / "generated" / "end.md", source.partition("````{dropdown}")[0].replace("##", "#", 1)
+    )
+    return {row[0].get_text(): row[1] for row in body(shown(staging, "end.md"))}
+
+
+def said(staging: Path, page: str) -> dict[str, str]:
+    return {name: " ".join(cell.get_text().split()) for name, cell in origin(staging, page).items()}
+
+
+# ----------------------------------------------------------------------------------- where a page comes from
+
+
+def test_a_chapter_ends_with_where_it_comes_from(root, monkeypatch):
+    put(root / "results", "fact-has-neurons", "tiny", monkeypatch, date="2026-02-03")
+    put(root / "results", "fact-owns-neuron", "tiny", monkeypatch, date="2026-02-01")
+    put(root / "results", "equally-few", "tiny", monkeypatch, date="2020-01-01")
+    pipeline.write(root / "results" / "tiny" / "01.toml", 'seconds = 75\ndate = "2026-02-02"\nthreads = "2"\n')
+    told = said(closed(root), "notebooks/01-toy")
+    assert told["Model"] == "tiny, revision 0123456789abcdef, float32"
+    assert (told["Data"], told["Seed"]) == ("written for this book", "0")
+    versions = (f"{name} {claims.package_version(name)}" for name in ("kncore", "torch", "transformers"))
+    assert told["Packages"] == ", ".join(versions)
+    assert told["Records"] == "2, of 2026-02-01 to 2026-02-03"
+    assert told["Run took"].startswith("75 s on 2 threads, on 2026-02-02;")
+    assert told["Rendered from"] == "an unknown commit"
+
+
+def test_a_stale_record_is_called_stale_at_the_end_of_its_page(root, monkeypatch):
+    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
+    put(root / "results", "fact-owns-neuron", "tiny", monkeypatch, code="0" * 16)
+    assert "1 of them stale: the code has changed since" in said(closed(root), "notebooks/01-toy")["Records"]
+
+
+def test_a_run_on_another_model_ends_with_its_own_origin_and_no_label(root, monkeypatch):
+    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
+    put(root / "results", "fact-has-neurons", "other", monkeypatch, seed=3)
+    pipeline.write(root / "results" / "other" / "01.toml", 'seconds = 7\ndate = "2026-02-02"\nthreads = "1"\n')
+    staging = closed(root)
+    told = said(staging, "book/runs/other/01-toy")
+    assert (
+        told["Model"].startswith("other,") and told["Seed"] == "3" and told["Run took"].startswith("7 s on one thread")
+    )
+    assert said(staging, "notebooks/01-toy")["Run took"] == door.UNKNOWN
+    for page in staging.rglob("*.ipynb"):
+        assert ")=\n" not in nbformat.read(page, as_version=4).cells[-1].source
+
+
+def test_a_chapter_without_claims_takes_the_model_from_other_records_and_the_packages_from_its_run(root, monkeypatch):
+    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
+    told = 'seconds = 7\ndate = "2026-02-02"\nthreads = "1"\nkncore = "9.8"\ntorch = "7.6"\n'
+    pipeline.write(root / "results" / "tiny" / "02.toml", told)
+    told = said(closed(root), "notebooks/02-more")
+    assert told["Model"].startswith("tiny, revision 0123456789abcdef") and told["Packages"] == "kncore 9.8, torch 7.6"
+    assert "Records" not in told
+
+
+@pytest.mark.skipif(GIT is None, reason="git is not installed")
+def test_the_commit_is_named_with_whether_anything_differs_from_it(root, monkeypatch):
+    def git(*words: str) -> str:
+        command = [GIT, "-C", root, "-c", "user.name=n", "-c", "user.email=e", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (root / ".gitignore").write_text("/_build/\n")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "m")
+    sha = git("rev-parse", "HEAD")
+    assert said(closed(root), "notebooks/01-toy")["Rendered from"] == f"commit {sha[:12]}"
+    monkeypatch.setenv("KNCORE_REPOSITORY", f"{HUB}.git")
+    assert origin(closed(root), "notebooks/01-toy")["Rendered from"].find("a")["href"] == f"{HUB}/tree/{sha}"
+    first = snapshot(closed(root))
+    assert snapshot(closed(root)) == first, "two renders of one checkout give the same bytes"
+    (root / "LICENSE").write_text("changed\n")
+    assert said(closed(root), "notebooks/01-toy")["Rendered from"].endswith("with changes that are not in it")
+
+
+def test_a_run_notes_how_long_it_took_and_one_that_changed_nothing_keeps_the_note(tmp_path):
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook("print(1)"))
+    pipeline.run(root)
+    note = root / "results" / "tiny" / "01.toml"
+    told = tomllib.loads(note.read_text())
+    assert {"seconds", "threads", "date", "kncore", "torch", "transformers"} == set(told) and told["seconds"] >= 0
+    note.write_text(note.read_text().replace("seconds = ", "seconds = 12345"))
+    kept = note.read_text()
+    pipeline.run(root)
+    assert note.read_text() == kept
+    nbformat.write(notebook("print(2)"), root / "notebooks" / "01-toy.ipynb")
+    pipeline.run(root)
+    assert note.read_text() != kept
+
+
+def test_a_book_that_is_computed_keeps_the_times_that_are_tracked(tmp_path):
+    for folder, text in (("new", "new"), ("old", "old")):
+        pipeline.write(tmp_path / folder / "tiny" / "01.toml", text)
+    pipeline.write(tmp_path / "new" / "02.toml", "new")
+    pipeline.keep_times(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "new" / "tiny" / "01.toml").read_text() == "old"
+    assert (tmp_path / "new" / "02.toml").read_text() == "new"
+
+
+# ------------------------------------------------------------------------------------------ what is cited
+
+
+def test_every_page_can_be_cited_and_the_paper_with_it(root, monkeypatch):
+    monkeypatch.setenv("KNCORE_SITE", "https://owner.github.io/name/")
+    staging = closed(root)
+    keys = set()
+    for page in ("book/index.md", "notebooks/01-toy.ipynb", "book/runs/other/01-toy.ipynb", "book/runs/other/index.md"):
+        text = (staging / page).read_text()
+        source = text if page.endswith(".md") else nbformat.reads(text, as_version=4).cells[-1].source
+        own, paper = (block.split("```")[0] for block in source.split("```bibtex\n")[1:])
+        ((key, entry),) = parse_string(own, "bibtex").entries.items()
+        keys.add(key)
+        assert entry.fields["url"] == f"https://owner.github.io/name/{page.rpartition('.')[0]}.html"
+        assert entry.fields["year"] == "2026" and "kncore" in entry.fields["note"] and entry.persons["author"]
+        assert list(parse_string(paper, "bibtex").entries) == ["niu2024"]
+    assert len(keys) == 4
+
+
+@given(st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S", "Z")), min_size=1))
+def test_any_title_makes_a_sound_entry(title):
+    known = door.Origin("Book", "Author", "2026", "", "", "", False)
+    ((_, entry),) = parse_string(door.bibtex(known, "notebooks/01-toy", f"T {title}"), "bibtex").entries.items()
+    written = entry.fields["title"].removeprefix("{").removesuffix("}").replace("\\", "")
+    assert written.split() == ["T", *re.sub(r"[{}\\]", "", title).split()]
+
+
+def test_the_citation_file_and_the_pages_cite_alike():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    known = door.origin(ROOT)
+    assert known.author == citation["authors"][0]["name"] and known.title == citation["title"]
+    entry = parse_string(door.paper(ROOT / "book" / "references.bib"), "bibtex").entries["niu2024"]
+    paper = citation["preferred-citation"]
+    assert entry.fields["title"].replace("{", "").replace("}", "") == paper["title"]
+    assert [person.last_names[0] for person in entry.persons["author"]] == [a["family-names"] for a in paper["authors"]]
+    assert entry.fields["year"] == str(paper["year"])
+
+
+# --------------------------------------------------------------------------------------- what is taken away
+
+
+def test_the_links_at_the_end_of_a_page_lead_to_what_is_taken_away(root, monkeypatch):
+    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
+    put(root / "results", "fact-has-neurons", "other", monkeypatch)
+    stored_notebook = (root / "notebooks" / "01-toy.ipynb").read_bytes()
+    staging = closed(root)
+    for page in ("notebooks/01-toy", "book/runs/other/01-toy", "notebooks/02-more"):
+        links = [link["href"] for link in origin(staging, page)["Take away"].find_all("a", download=True)]
+        assert len(links) == (2 if page == "notebooks/02-more" else 4)
+        assert all(((staging / "site" / page).parent / link).resolve().is_file() for link in links), links
+    assert (staging / "site" / "_sources" / "notebooks" / "01-toy.ipynb").read_bytes() == stored_notebook
+
+
+def test_records_are_given_as_json_and_as_csv(root, monkeypatch):
+    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
+    put(root / "results", "fact-has-neurons", "other", monkeypatch, code="0" * 16)
+    put(root / "results", "equally-few", "tiny", monkeypatch)
+    folder = door.take_away(root, book.stage(root)) / "records"
+    told = json.loads((folder / "01.json").read_text())
+    assert [(r["model"], r["stale"]) for r in told] == [("other", ["the code has changed since"]), ("tiny", [])]
+    assert len(json.loads((folder / "all.json").read_text())) == 3
+    rows = list(csv.DictReader(io.StringIO((folder / "01.csv").read_text())))
+    assert [(r["model"], float(r["value"]), r["stale"]) for r in rows] == [
+        ("other", 0.8, "the code has changed since"),
+        ("tiny", 0.8, ""),
+    ]
+
+
+def test_an_archive_holds_the_notebook_its_records_the_data_and_the_licence(root, monkeypatch):
+    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
+    site = door.take_away(root, book.stage(root))
+    with zipfile.ZipFile(site / "archives" / "01-toy.zip") as archive:
+        names = set(archive.namelist())
+        assert {"01-toy.ipynb", "records/01.csv", "records/01.json", "LICENSE", "data/facts/capital.tsv"} <= names
+        assert archive.read("01-toy.ipynb") == (root / "notebooks" / "01-toy.ipynb").read_bytes()
+    assert (site / "archives" / "01-toy-other.zip").is_file()
+
+
+def test_colab_is_offered_where_the_repository_is_known_and_only_there(root, monkeypatch):
+    staging = closed(root)
+    assert not (staging / "site" / "colab").exists() and "Run it on Colab" not in origin(staging, "notebooks/01-toy")
+    monkeypatch.setenv("KNCORE_REPOSITORY", HUB)
+    staging = closed(root)
+    (link,) = origin(staging, "notebooks/01-toy")["Run it on Colab"].find_all("a")
+    assert link["href"] == f"{door.COLAB}/owner/name/blob/{door.BRANCH}/01-toy.ipynb"
+    assert "Run it on Colab" not in origin(staging, "book/runs/other/01-toy")
+    nb = nbformat.read(staging / "site" / "colab" / "01-toy.ipynb", as_version=4)
+    nbformat.validate(nb)
+    assert "install" in nb.cells[0].metadata.tags and nb.cells[1].source == "# Toy"
+    monkeypatch.setenv("KNCORE_REPOSITORY", "https://example.org/owner/name")
+    staging = closed(root)
+    assert not (staging / "site" / "colab").exists() and "Run it on Colab" not in origin(staging, "notebooks/01-toy")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_install_cell_installs_where_the_package_is_missing_and_else_does_nothing(there, monkeypatch):
+    source = TransformerManager().transform_cell(door.install_cell(HUB, "0" * 40).source)
+    done = []
+    shell = types.SimpleNamespace(
+        run_line_magic=lambda *words: done.append(words), system=lambda what: done.append(what)
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
+    exec(source, {"get_ipython": lambda: shell})
+    asked = [("pip", f'install --quiet "kncore @ git+{HUB}@{"0" * 40}"'), "python -m kncore fetch"]
+    assert done == ([] if there else asked)
+
+
+# -------------------------------------------------------------------------------------------- the reference
+
+
+def test_the_reference_goes_through_every_module_floor_by_floor():
+    page = reference.page()
+    modules = [name for floor in reference.floors() for name in floor]
+    at = [page.index(f"automodule:: kncore.{name}\n") for name in modules]
+    assert at == sorted(at) and set(modules) == {p.stem for p in (ROOT / "kncore").glob("[!_]*.py")}
+
+
+def test_everything_public_says_what_it_is():
+    silent = []
+    for name in (name for floor in reference.floors() for name in floor):
+        module = importlib.import_module(f"kncore.{name}")
+        for member, what in vars(module).items():
+            own = (inspect.isfunction(what) or inspect.isclass(what)) and what.__module__ == module.__name__
+            if own and not member.startswith("_") and not inspect.getdoc(what):
+                silent.append(f"{name}.{member}")
+    assert not silent and kncore.__doc__
+
+
+def test_columns_of_a_docstring_become_definitions_and_the_rest_stays():
+    told = [
+        "One.",
+        "",
+        "prompt    a text",
+        "          that goes on",
+        "foil  the other",
+        "",
+        "Two | three.",
+        "",
+        "Raises:",
+    ]
+    told += ["    ValueError: never"]
+    assert reference.plain(told) == [
+        "One.",
+        "",
+        *["``prompt``", "    a text", "    that goes on", "``foil``", "    the other", ""],
+        r"Two \| three.",
+        "",
+        *["Raises:", "    ValueError: never", ""],
+    ]
+    assert reference.plain(["    y = a      (1)"])[:3] == ["::", "", "    y = a      (1)"]
+    assert reference.plain(["- one", "  and on"]) == ["- one", "  and on", ""]
+
+
+# ------------------------------------------------------------------------------------------------- on paper
+
+
+def test_what_is_printed_leads_nowhere_on_this_machine(root, monkeypatch):
+    """Links to pages beside the printed one are within it or nowhere; a browser that prints nothing is an error."""
+    page = '<a class="x" href="book/index.html#here">a</a><a href="runs/x.html">b</a><a href="https://n.org/#c">c</a>'
+
+    def render(root: Path, staging: Path, builder: str) -> Path:
+        assert not (staging / "book" / "runs").exists()
+        pipeline.write(staging / "_build" / builder / "book" / "index.html", page)
+        return staging / "_build" / builder
+
+    def browse(command, **_):
+        target = next(word.partition("=")[2] for word in command if word.startswith("--print-to-pdf="))
+        printed.append((root / "_build/staging/_build/singlehtml/book.html").read_text())
+        if prints:
+            Path(target).write_text("%PDF")
+        return types.SimpleNamespace(returncode=0, stderr="no display")
+
+    prints, printed = True, []
+    monkeypatch.setattr(book, "_render", render)
+    monkeypatch.setattr(book.pages, "generate", lambda staging: None)
+    monkeypatch.setattr(book, "subprocess", types.SimpleNamespace(run=browse))
+    monkeypatch.setattr(book.shutil, "which", lambda name: name)
+    monkeypatch.setattr(door, "commit", lambda root: ("", False))
+    assert book.pdf(root).read_text() == "%PDF"
+    links = [link.get("href") for link in BeautifulSoup(printed[0], "html.parser").find_all("a")]
+    assert links == ["#here", None, "https://n.org/#c"]
+    prints = False
+    with pytest.raises(pipeline.RunError, match="no display"):
+        book.pdf(root)
+    monkeypatch.setattr(book.shutil, "which", lambda name: None)
+    with pytest.raises(pipeline.UsageError, match="chromium"):
+        book.pdf(root)
+
+
+# --------------------------------------------------------------------------------------------- links, weekly
+
+
+def test_the_weekly_check_tells_what_is_gone_from_what_is_only_refused(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("links", ROOT / ".ci" / "links.py")
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(int(self.path.strip("/")))
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_address[1]}"
+        links.ask.__defaults__ = (5, 1, 0)
+        (tmp_path / "a.html").write_text(f'<a href="{here}/200#x"></a><a href="{here}/403"></a><a href="b.html"></a>')
+        assert links.main(tmp_path) == 0
+        (tmp_path / "b.html").write_text(f'<a href="{here}/404"></a><a href="{here}/200"></a>')
+        assert links.main(tmp_path) == 1
+        server.shutdown()
+    told = capsys.readouterr().out
+    assert "/404: gone: 404" in told and "(on b.html)" in told and "/403: 403" in told and "3 addresses, 1 gone" in told
+
+
+def test_text_of_a_source_is_shown_as_it_is(root, monkeypatch):
+    put(root / "results", "fact-has-neurons", "tiny", monkeypatch, source="a_*folder*")
+    assert said(closed(root), "notebooks/01-toy")["Data"] == "a_*folder*" and _text("*") == r"\*"
