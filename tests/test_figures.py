@@ -121,7 +121,6 @@ LABELS = {
     "curves_linear": ("block", "effect"),
     "scatter": ("frequency (Zipf)", "loss"),
     "scatter_one": ("Zipf", "loss"),
-    "token_rows": ("token of the prompt", ""),
     "curves": ("neurons", "share"),
     "word_changes": ("", "change of mean P (%)"),
     "word_changes_one": ("", "change of mean P (%)"),
