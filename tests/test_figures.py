@@ -81,7 +81,6 @@ DRAW = {
     "grouped": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS),
     "grouped_one": lambda: figures.grouped({"a": {"b": ROWS["one"]}}, "share", {"b": "black"}, zero=False),
     "grouped_before": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS, before=BEFORE),
-    "token_rows": lambda: figures.token_rows({"a": (["The", " $5"], [0.05, 0.9]), "b": (["One"], [1.0])}, "share"),
     "trace_map": lambda: figures.trace_map(*EFFECTS_OF_STATES["residual"][:3], "effect", (3, 4)),
     "trace_map_zero": lambda: figures.trace_map(torch.zeros(6, 4), TOKENS, range(4), "effect", (3, 4)),
     "trace_maps": lambda: figures.trace_maps(EFFECTS_OF_STATES, "effect")[0],
