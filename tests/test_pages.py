@@ -207,6 +207,35 @@ def test_the_book_keeps_the_dates_of_unchanged_records_and_no_claim_that_is_no_l
     assert [row[-1].get_text() for row in rows] == ["2020-02-02", today, "2020-02-02"]
 
 
+def test_pages_keep_the_place_of_pictures_and_name_their_toggles(tmp_path):
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "_static" / "part.html").write_text("<th></th>")
+    (tmp_path / "points.svg").write_text(
+        '<?xml version="1.0"?><svg viewBox="0 0 3 6" height="6.0pt" width="3pt"></svg>'
+    )
+    (tmp_path / "pixels.svg").write_text('<svg width="900" height="566"></svg>')
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<img alt="a" src="points.svg" /><img src="pixels.svg"/><img width="1" src="points.svg"><img src="a.png">'
+        '<a href="x">Other</a><details open="open"><summary><i></i></summary></details><th></th><th>n</th>'
+    )
+    book.finish(tmp_path)
+    assert page.read_text() == (
+        '<img width="4" height="8" alt="a" src="points.svg" /><img width="900" height="566" src="pixels.svg"/>'
+        '<img width="1" src="points.svg"><img src="a.png">'
+        '<a href="x">Other</a><details open="open"><summary aria-label="Chapters: Other"><i></i></summary></details>'
+        "<td></td><th>n</th>"
+    )
+    assert (tmp_path / "_static" / "part.html").read_text() == "<th></th>"
+
+
+def test_a_picture_without_a_size_is_refused(tmp_path):
+    (tmp_path / "bare.svg").write_text('<svg viewBox="0 0 3 6"></svg>')
+    (tmp_path / "page.html").write_text('<img src="bare.svg">')
+    with pytest.raises(pipeline.RunError, match="bare.svg has no width"):
+        book.finish(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------- claims
 
 
