@@ -129,7 +129,8 @@ def finish(html: Path) -> None:
     """Put into the pages below `html` what Sphinx and the theme leave out.
 
     The size of every SVG picture, so that a browser keeps its place free; a name for every toggle of the contents;
-    the role that entries of a list of references have today; no header cell without a header.
+    the role that entries of a list of references have today; no header cell without a header, no list of definitions
+    without a term, which is how Sphinx parts the lines of a signature.
     """
     sizes: dict[Path, str] = {}
 
@@ -154,8 +155,13 @@ def finish(html: Path) -> None:
         text = re.sub(
             r">([^<]+)</a><details([^>]*)><summary>", r'>\1</a><details\2><summary aria-label="Chapters: \1">', text
         )
+        text = re.sub(r"<dl>\n((?:<dd>.*?</dd>\n?)+)</dl>", _lines, text, flags=re.DOTALL)
         text = text.replace('role="doc-biblioentry"', 'role="listitem"').replace("<th></th>", "<td></td>")
         page.write_text(text, encoding="utf-8")
+
+
+def _lines(signature: re.Match) -> str:
+    return f'<span class="sig-lines">{signature[1].replace("<dd>", "<span>").replace("</dd>", "</span>")}</span>'
 
 
 def _jobs(root: Path, staging: Path) -> dict[str, tuple[list[str], Path, int]]:

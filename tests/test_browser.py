@@ -91,6 +91,7 @@ def opened(browser: Browser, **options) -> BrowserContext:
 
 
 def audited(page: Page, *rules: str) -> list[str]:
+    page.add_style_tag(content="* { transition: none !important }")  # a colour on its way is neither light nor dark
     page.evaluate(f"() => {{ {AXE_SCRIPT} }}")
     return page.evaluate("rules => checks.audit(rules)", rules)
 

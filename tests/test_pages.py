@@ -218,13 +218,15 @@ def test_pages_keep_the_place_of_pictures_and_name_their_toggles(tmp_path):
     page.write_text(
         '<img alt="a" src="points.svg" /><img src="pixels.svg"/><img width="1" src="points.svg"><img src="a.png">'
         '<a href="x">Other</a><details open="open"><summary><i></i></summary></details><th></th><th>n</th>'
+        "<dl>\n<dd><em>a</em>, </dd>\n<dd>b</dd>\n</dl><dl><dt>t</dt><dd>d</dd></dl>"
     )
     book.finish(tmp_path)
     assert page.read_text() == (
         '<img width="4" height="8" alt="a" src="points.svg" /><img width="900" height="566" src="pixels.svg"/>'
         '<img width="1" src="points.svg"><img src="a.png">'
         '<a href="x">Other</a><details open="open"><summary aria-label="Chapters: Other"><i></i></summary></details>'
-        "<td></td><th>n</th>"
+        '<td></td><th>n</th><span class="sig-lines"><span><em>a</em>, </span>\n<span>b</span>\n</span>'
+        "<dl><dt>t</dt><dd>d</dd></dl>"
     )
     assert (tmp_path / "_static" / "part.html").read_text() == "<th></th>"
 
