@@ -19,6 +19,7 @@ from kncore.stats import Estimate
 
 # Okabe and Ito's colours, told apart by colour-blind readers: facts, grammar, baselines.
 FACTS, GRAMMAR, BASELINE, ACCENT = "#0072B2", "#D55E00", "#7F7F7F", "#009E73"
+PALETTE = [FACTS, GRAMMAR, ACCENT, "#56B4E9", "#CC79A7", BASELINE]
 
 
 def setup() -> None:
@@ -26,7 +27,7 @@ def setup() -> None:
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     set_matplotlib_formats("svg")
-    sns.set_theme(style="ticks", font_scale=0.95)
+    sns.set_theme(style="ticks", font_scale=0.95, palette=PALETTE)
     plt.rcParams.update(
         {
             "axes.spines.top": False,
@@ -89,7 +90,7 @@ def block_shares(curves: Mapping[str, Sequence[float]], ylabel: str, colours: Se
     """One line per group over the blocks."""
     _, ax = plt.subplots(figsize=(8, 2.8))
     for i, (label, curve) in enumerate(curves.items()):
-        colour = colours[i] if colours else None
+        colour = colours[i] if colours else PALETTE[i % len(PALETTE)]
         ax.plot(range(len(curve)), curve, marker="o", ms=3.5, lw=1.5, label=label, color=colour)
     ax.axhline(0, color="black", lw=0.6)
     ax.set(xlabel="block", ylabel=ylabel)

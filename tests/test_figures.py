@@ -81,10 +81,12 @@ DRAW = {
     "grouped": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS),
     "grouped_one": lambda: figures.grouped({"a": {"b": ROWS["one"]}}, "share", {"b": "black"}, zero=False),
     "grouped_before": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS, before=BEFORE),
-    "token_rows": lambda: figures.token_rows({"a": (["The", " $5"], [0.05, 0.9]), "b": (["One"], [1.0])}, "share"),
     "trace_map": lambda: figures.trace_map(*EFFECTS_OF_STATES["residual"][:3], "effect", (3, 4)),
     "trace_map_zero": lambda: figures.trace_map(torch.zeros(6, 4), TOKENS, range(4), "effect", (3, 4)),
     "trace_maps": lambda: figures.trace_maps(EFFECTS_OF_STATES, "effect")[0],
+    "token_rows": lambda: figures.token_rows(
+        {"a": (["The", " $5", "["], [0.0, 1.0, -0.2]), "b": (["x"], [0.3])}, "reach"
+    ),
     "scatter_zero": lambda: figures.scatter(NOUNS, ACROSS, "effect", "loss", "kind", KINDS, zero=True)[0],
     "curves_linear": lambda: figures.curves(PROFILES, "block", "effect", DOSE_COLOURS, log=False)[0],
     "scatter": lambda: figures.scatter(NOUNS, ACROSS, "effect", "loss", "kind", KINDS)[0],
@@ -113,11 +115,11 @@ LABELS = {
     "trace_map": ("block", ""),
     "trace_map_zero": ("block", ""),
     "trace_maps": ("block", ""),
+    "token_rows": ("token of the prompt", ""),
     "scatter_zero": ("frequency (Zipf)", "loss"),
     "curves_linear": ("block", "effect"),
     "scatter": ("frequency (Zipf)", "loss"),
     "scatter_one": ("Zipf", "loss"),
-    "token_rows": ("token of the prompt", ""),
     "curves": ("neurons", "share"),
     "word_changes": ("", "change of mean P (%)"),
     "word_changes_one": ("", "change of mean P (%)"),
@@ -173,6 +175,18 @@ def test_every_figure_is_drawn_here():
     ends = ("_wide", "_tiny", "_one", "_zero", "_empty", "_signed", "_before", "_linear")
     drawn = {name.removesuffix(end) for name in DRAW for end in ends}
     assert public - {"setup", "table"} <= drawn
+
+
+def test_numbers_are_written_into_the_cells_of_tokens_that_they_are_large_for():
+    ax = figures.token_rows({"a": (["The", " cat", "s"], [0.04, 1.02, -0.2]), "b": (["x"], [0.3])}, "reach")
+    assert [text.get_text() for text in ax.texts] == ["The", "cat\n1.02", "s\n-0.20", "x\n0.30"]
+    image = ax.images[0].get_array()
+    assert image.shape == (2, 3) and image.mask.tolist() == [[False] * 3, [False, True, True]]
+
+
+def test_lines_without_a_colour_of_their_own_have_one_of_the_palette():
+    ax = figures.block_shares({str(i): [0.1 * i, 0.5] for i in range(len(figures.PALETTE))}, "share")
+    assert [line.get_color() for line in ax.lines[:-1]] == figures.PALETTE
 
 
 def test_text_in_a_table_is_escaped():
