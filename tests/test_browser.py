@@ -20,6 +20,8 @@ from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import Browser, BrowserContext, ElementHandle, Locator, Page, expect, sync_playwright
 from test_book import HTML, ROOT, contents
 
+PATIENCE = 120_000  # ms; a busy machine is slow, not wrong
+expect.set_options(timeout=PATIENCE)
 SCREENSHOTS = ROOT / "_build" / "screenshots"
 CHECKS = Path(__file__).with_name("browser.js")
 RUNS = [path.relative_to(ROOT).with_suffix("").as_posix() for path in sorted(ROOT.glob("book/runs/*/*.ipynb"))]
@@ -86,6 +88,7 @@ def watched(context: BrowserContext, site: str) -> tuple[Page, dict[str, list[st
 
 def opened(browser: Browser, **options) -> BrowserContext:
     context = browser.new_context(**options)
+    context.set_default_timeout(PATIENCE)
     context.add_init_script(path=CHECKS)
     return context
 
@@ -215,7 +218,7 @@ def test_the_checks_see_what_is_wrong(browser, site):
 @pytest.mark.parametrize("source", ["disk", "http"])
 def test_the_search_page_finds_a_term(browser, site, source):
     start = HTML.as_uri() if source == "disk" else site
-    with closing(browser.new_context(**pages.DESKTOP)) as context:
+    with closing(opened(browser, **pages.DESKTOP)) as context:
         page, told = watched(context, site)
         page.goto(f"{start}/search.html")
         field = page.get_by_role("main").get_by_role("searchbox")
@@ -332,7 +335,7 @@ def closer(page: Page, name: str) -> Iterator[tuple[str, Locator, ElementHandle]
     page.goto(f"/{name}.html")
     for place in page.locator(".look").all():
         place.scroll_into_view_if_needed()
-        expect(place).to_have_attribute("data-state", "closer", timeout=30_000)
+        expect(place).to_have_attribute("data-state", "closer")
         yield (
             place.get_attribute("data-look"),
             place,
@@ -426,14 +429,14 @@ def test_on_a_phone_a_figure_is_drawn_where_it_is_asked_for(browser, site, name)
         place.scroll_into_view_if_needed()
         expect(place).to_have_attribute("data-state", "picture")
         place.locator(".look-toggle").tap()
-        expect(place).to_have_attribute("data-state", "closer", timeout=30_000)
+        expect(place).to_have_attribute("data-state", "closer")
         fits = page.evaluate("checks.fits()")
         assert fits["window"] == fits["body"] and not fits["wide"]
 
 
 @each(LOOKS)
 def test_without_scripts_there_are_pictures(browser, site, name):
-    with closing(browser.new_context(**pages.DESKTOP, base_url=site, java_script_enabled=False)) as context:
+    with closing(opened(browser, **pages.DESKTOP, base_url=site, java_script_enabled=False)) as context:
         page = context.new_page()
         page.goto(f"/{name}.html")
         assert page.locator("figure img").first.is_visible()
