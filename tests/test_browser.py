@@ -309,7 +309,7 @@ def test_the_theme_switches_by_keyboard_and_stays(page):
 
 
 def test_the_contents_open_on_a_phone(browser, site):
-    with closing(browser.new_context(**pages.PHONE, base_url=site)) as context:
+    with closing(opened(browser, **pages.PHONE, base_url=site)) as context:
         page = context.new_page()
         page.goto("/book/index.html")
         link = page.locator("dialog .bd-links a, .bd-sidebar-primary .bd-links a").nth(2)
