@@ -10,6 +10,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
@@ -36,6 +37,18 @@ _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 _PATH = re.compile(r"""(?<![\w/.:~<>*-])/(?:[\w.+@-]+/)+[\w.+@-]*|\b[A-Z]:\\\w""")
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)")
 _BLANKS = re.compile(r"[ \t]+")
+
+
+def read(path: Path) -> NotebookNode:
+    """A notebook at rest; ValueError names the file that is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, nbformat.ValidationError) as error:
+        told = " ".join(str(error).split())[:120] or type(error).__name__
+        place = f"{path.parent.name}/{path.name}"
+        raise ValueError(
+            f"{path} is no notebook ({told}); restore it (git checkout -- {place}) or run it anew"
+        ) from error
 
 
 def finalise(nb: NotebookNode, replace: Mapping[str, str] | None = None) -> NotebookNode:
