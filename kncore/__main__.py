@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -115,15 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         told = str(error) or type(error).__name__
-        if isinstance(error, WRONG) and not hasattr(error, "exit_code"):
-            print(f"kncore: {_line(told)}", file=sys.stderr)
-            return 2
-        print(f"kncore: {told if hasattr(error, 'exit_code') else _line(told)}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        if hasattr(error, "exit_code"):
+            print(f"kncore: {told}", file=sys.stderr)
+            return error.exit_code
+        print(f"kncore: {_line(told)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | TypeError) or getattr(error, "errno", None) in PATH else 1
 
 
-# What says that a name, a path or a value was wrong; anything else went wrong on the way.
-WRONG = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# What says that a path that was given is none; other errors of the system come up on the way.
+PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 
 
 def _line(text: str) -> str:

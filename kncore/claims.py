@@ -545,7 +545,8 @@ class Verdict:
         told = (self.model, self.claim.statement, self.claim.metric, str(self.estimate), self.claim.rule)
         model, statement, metric, estimate, rule = map(escape, told)
         return (
-            f'<div class="verdict {verdict}"><strong>{verdict.capitalize()} on {model}.</strong> {statement}<br>'
+            f'<div class="verdict {verdict} mathjax_ignore"><strong>{verdict.capitalize()} on {model}.</strong> '
+            f"{statement}<br>"
             f"<em>{metric}</em>: <strong>{estimate}</strong><br><small>Rule: {rule}.</small></div>"
         )
 

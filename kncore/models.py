@@ -124,7 +124,7 @@ class LM:
     def touched(self) -> bool:
         """True if weights were written or hooks hung since the model was loaded: cached results no longer apply.
 
-        Writes through `parameter.data`, which PyTorch does not count, go unseen.
+        PyTorch does not count writes through `parameter.data`: seen are those of a whole row or column, or more.
         """
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         return hooked or _state(self.model) != self._loaded
@@ -132,7 +132,15 @@ class LM:
 
 def _state(model: nn.Module) -> int:
     # Weights on disk are read anew for every pass, and cannot be written.
-    return hash(tuple((p.data_ptr(), 0 if p.is_meta else p._version) for p in model.parameters()))
+    return hash(tuple((p.data_ptr(), *(() if p.is_meta else (p._version, _sample(p)))) for p in model.parameters()))
+
+
+@torch.no_grad()
+def _sample(parameter: Tensor) -> bytes:
+    """One number of each row and one of each column, as they are."""
+    table = parameter.detach().reshape(len(parameter), -1) if parameter.dim() > 1 else parameter.detach().reshape(1, -1)
+    at = torch.arange(max(table.shape), device=table.device)
+    return table[at % table.shape[0], at % table.shape[1]].view(torch.uint8).cpu().numpy().tobytes()
 
 
 def cache_folder() -> Path:
