@@ -19,7 +19,8 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from kncore import door, figures, looking, pages, stored
+from kncore import door, looking, pages, stored
+from kncore.figures import plain
 from kncore.pipeline import (
     BESIDE,
     EPOCH,
@@ -302,7 +303,7 @@ def _card(model: str) -> str:
 
     card = SHIPPED / model / "README.md"
     if not card.is_file():
-        return f"# {figures.plain(model)}\n\nThe chapters of this book, run on this model.\n"
+        return f"# {plain(model)}\n\nThe chapters of this book, run on this model.\n"
     title, _, rest = card.read_text(encoding="utf-8").partition("\n")
     return f"{title}\n\nThe chapters of this book, run on a model of our own. Its card:\n{rest}"
 
