@@ -12,7 +12,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 FRESH := $(CURDIR)/_build/fresh
 
-.PHONY: help install book pdf test smoke models notebooks lint bench clean
+.PHONY: help install book pdf test smoke models notebooks lint audit bench clean
 
 # After the install nothing needs the network, and nothing may quietly use it.
 book pdf test smoke lint bench: export HF_HUB_OFFLINE := 1
@@ -65,12 +65,26 @@ lint: $(STAMP)  ## ruff, check and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+audit: $(STAMP)  ## look up known weaknesses of the locked packages; where that cannot be asked, say so and go on
+	@rm -rf _build/audit && mkdir -p _build/audit
+	@if ! { $(PYTHON) -m venv _build/audit/venv && _build/audit/venv/bin/python -m pip install --quiet \
+	  --disable-pip-version-check "$$($(PY) -c 'import tomllib; print(tomllib.load(open("pyproject.toml", \
+	  "rb"))["project"]["optional-dependencies"]["audit"][0])')"; } >_build/audit/log 2>&1; then \
+	  echo "not audited: pip-audit could not be installed (_build/audit/log)"; \
+	elif _build/audit/venv/bin/python -m pip_audit --no-deps --disable-pip --progress-spinner off --timeout 60 \
+	  -r requirements.lock >>_build/audit/log 2>&1; then \
+	  tail -1 _build/audit/log; \
+	elif grep -q '^Found [0-9]* known' _build/audit/log; then \
+	  cat _build/audit/log; exit 1; \
+	else echo "not audited: $$(tail -1 _build/audit/log)"; fi
+
 bench: $(STAMP)  ## time attribution beside its peers, edits and traces, into book/benchmark-*.md (BENCH=... for options)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-bench.lock
 	$(PY) benchmarks/attribution.py --out book/benchmark-table.md $(BENCH)
 	$(PY) benchmarks/effects.py --out book/benchmark-effects.md
 	$(PY) benchmarks/tracing.py --stride 3 --out book/benchmark-tracing.md
 	$(PY) benchmarks/pages.py --out book/benchmark-pages.md
+	$(PY) benchmarks/faults.py --out book/benchmark-faults.md
 
 clean:  ## remove what was built; .venv and the model cache stay
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis kncore.egg-info

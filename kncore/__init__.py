@@ -2,7 +2,8 @@
 
 From the ground floor up; a module imports from the floors below its own only.
 
-1. `arch` architecture as data · `stats` estimates, intervals · `tasks` queries and facts · `stored` notebooks at rest
+1. `arch` architecture as data · `stats` estimates, intervals · `tasks` queries and facts · `stored` notebooks at rest ·
+   `disk` files written whole and sealed
 2. `models` names and loading · `grammar` minimal pairs · `words` nouns, plain prose, frequencies
 3. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
 4. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores ·

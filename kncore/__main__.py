@@ -1,16 +1,24 @@
-"""The command line: python -m kncore run | book | render | pdf | sweep | merge | fetch | readme."""
+"""The command line: python -m kncore run | book | render | pdf | sweep | merge | fetch | cache | readme."""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"kncore: {_line(message)}; see {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="python -m kncore", description="Run the claims and render the book.")
+    top = _Parser(prog="python -m kncore", description="Run the claims and render the book.")
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
@@ -39,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--source", default="own", help="own, public, or a folder with the public data")
     sweep.add_argument("--queries", type=Path, help="prompts of one's own instead of names: JSON lines")
     sweep.add_argument("-n", type=_count, help="at most so many prompts (or cases) of each name")
-    sweep.add_argument("--seed", type=int, default=0)
+    sweep.add_argument("--seed", type=_seed, default=0)
     sweep.add_argument("--editor", default="rome", help="of edits (default rome)")
     sweep.add_argument("--quadrature", help="of attribution (default: adaptive Gauss-Legendre)")
     sweep.add_argument("--steps", type=_count, help="nodes of the quadrature")
@@ -55,25 +63,41 @@ def parser() -> argparse.ArgumentParser:
         "fetch", parents=[debug], help="download a model and convert it, so that later loads need no network"
     )
     fetch.add_argument("name", nargs="?", help="a known name or a hub name (default: the default model)")
+    cache = commands.add_parser("cache", parents=[debug], help="what the caches hold; --prune makes room")
+    cache.add_argument("--prune", action="store_true", help="remove leftovers, and what was unused longest")
+    cache.add_argument("--limit", type=_bytes, metavar="SIZE", help="what may stay, e.g. 500MB (default 2GB)")
     commands.add_parser("readme", parents=[debug], help="make the table of claims in README.md anew from results/")
     return top
 
 
 def _seconds(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of seconds above 0")
-    return int(text)
+    return _whole(text, "number of seconds above 0")
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,12})\s*([kMGT]?)i?B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected a whole number with kB, MB, GB or TB")
+    return int(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return _whole(text, "number above 0")
+
+
+def _whole(text: str, what: str, least: int = 1) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole {what}, at most nine digits")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, "number from 0 on", 0)
 
 
 def _shard(text: str) -> tuple[int, int]:
     k, _, n = text.partition("/")
-    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+    if not (re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) and 1 <= int(k) <= int(n)):
         raise argparse.ArgumentTypeError(f"{text!r} is no shard; expected K/N with K from 1 to N, e.g. 3/8")
     return int(k), int(n)
 
@@ -91,8 +115,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"kncore: {str(error) or type(error).__name__}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        told = str(error) or type(error).__name__
+        if hasattr(error, "exit_code"):
+            print(f"kncore: {told}", file=sys.stderr)
+            return error.exit_code
+        print(f"kncore: {_line(told)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | TypeError) or getattr(error, "errno", None) in PATH else 1
+
+
+# What says that a path that was given is none; other errors of the system come up on the way.
+PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _command(options: argparse.Namespace) -> int:
@@ -107,6 +143,9 @@ def _command(options: argparse.Namespace) -> int:
 
         print(sweep.merge(options.files, options.out) if options.command == "merge" else _sweep(options))
         return 0
+
+    if options.command == "cache":
+        return _cache(options)
 
     from kncore import book, pages, pipeline
 
@@ -125,10 +164,12 @@ def _command(options: argparse.Namespace) -> int:
             print(path)
     elif options.command in ("book", "render"):
         execute = options.command == "book"
-        page = book.book(root, execute=execute, **({"timeout": options.timeout} if execute else {}))
+        with pipeline.alone(root):
+            page = book.book(root, execute=execute, **({"timeout": options.timeout} if execute else {}))
         print(f"open {page}")
     elif options.command == "pdf":
-        print(f"open {book.pdf(root)}")
+        with pipeline.alone(root):
+            print(f"open {book.pdf(root)}")
     elif options.command == "readme":
         pipeline.write(root / "README.md", pages.readme(root))
     return 0
@@ -151,6 +192,22 @@ def _sweep(options: argparse.Namespace) -> Path:
     if items is None:
         items = sweep.asked(lm, options.kind, options.names, options.source, options.n, options.seed)
     return sweep.sweep(lm, options.kind, items, settings, options.out, options.shard, progress=sys.stderr.isatty())
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from kncore import cache, models
+
+    if options.prune:
+        removed = cache.prune(2 * 10**9 if options.limit is None else options.limit)
+        print(f"removed {len(removed)} of them, {sum(entry.bytes for entry in removed) / 1e6:,.1f} MB")
+    elif options.limit is not None:
+        raise ValueError("--limit says what --prune may leave; give both")
+    told = cache.entries()
+    for kind in dict.fromkeys(["scores", "models", "public", *(entry.kind for entry in told)]):
+        mine = [entry.bytes for entry in told if entry.kind == kind]
+        print(f"{kind:10}{len(mine):9,}{sum(mine) / 1e6:12,.1f} MB")
+    print(f"in {models.cache_folder()}, scores in {cache.scores_folder()}")
+    return 0
 
 
 if __name__ == "__main__":

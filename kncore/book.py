@@ -20,6 +20,7 @@ import nbformat
 import yaml
 
 from kncore import door, looking, pages, stored
+from kncore.figures import plain
 from kncore.pipeline import (
     BESIDE,
     EPOCH,
@@ -239,6 +240,8 @@ def stage(root: Path, *, runs: bool = True) -> Path:
 
     Runs on other models in book/runs/ join the contents as a part of their own, or are left out.
     """
+    for path in [*root.glob("notebooks/*.ipynb"), *root.glob("book/runs/*/*.ipynb")]:
+        stored.read(path)
     staging = root / "_build" / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -306,7 +309,7 @@ def _card(model: str) -> str:
 
     card = SHIPPED / model / "README.md"
     if not card.is_file():
-        return f"# {model}\n\nThe chapters of this book, run on this model.\n"
+        return f"# {plain(model)}\n\nThe chapters of this book, run on this model.\n"
     title, _, rest = card.read_text(encoding="utf-8").partition("\n")
     return f"{title}\n\nThe chapters of this book, run on a model of our own. Its card:\n{rest}"
 
@@ -318,7 +321,7 @@ def _set_beside(staging: Path) -> None:
     """
     for chapter in sorted((staging / "notebooks").glob("*.ipynb")):
         runs = sorted((staging / "book" / "runs").glob(f"*/{chapter.name}"), key=lambda run: _place(run.parent.name))
-        others = {run.parent: _figures(nbformat.read(run, as_version=4)) for run in runs}
+        others = {run.parent: _figures(stored.read(run)) for run in runs}
         nb = nbformat.read(chapter, as_version=4)
         cells = []
         for cell in nb.cells:
@@ -375,7 +378,7 @@ def _relink(run: Path, notebooks: Path) -> None:
         moved = not here.exists() and there.exists()
         return Path(os.path.relpath(there, run.parent)).as_posix() if moved else match[0]
 
-    nb = nbformat.read(run, as_version=4)
+    nb = stored.read(run)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(?<=\]\()[^)\s:#]+", target, cell.source)

@@ -75,6 +75,8 @@ def bijective(
     """
     if isinstance(relation, Relation) and inverse is not None:
         return _bijective(relation, inverse, None, n, seed, subjects, objects)
+    if isinstance(relation, Relation):
+        raise ValueError(f"the relation {relation.name!r} comes without its inverse; give it as inverse=Relation(...)")
     known = tasks.describe(relation)
     if not known.inverse:
         two_way = ", ".join(name for name in tasks.relations() if tasks.describe(name).inverse)

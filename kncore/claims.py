@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kncore import cache
+from kncore import cache, disk
 from kncore.models import LM
 from kncore.stats import Estimate
 from kncore.tasks import DATA
@@ -38,6 +37,7 @@ CODE = (
     "corpus",
     "covariance",
     "criteria",
+    "disk",
     "editors",
     "effects",
     "finetune",
@@ -545,7 +545,8 @@ class Verdict:
         told = (self.model, self.claim.statement, self.claim.metric, str(self.estimate), self.claim.rule)
         model, statement, metric, estimate, rule = map(escape, told)
         return (
-            f'<div class="verdict {verdict}"><strong>{verdict.capitalize()} on {model}.</strong> {statement}<br>'
+            f'<div class="verdict {verdict} mathjax_ignore"><strong>{verdict.capitalize()} on {model}.</strong> '
+            f"{statement}<br>"
             f"<em>{metric}</em>: <strong>{estimate}</strong><br><small>Rule: {rule}.</small></div>"
         )
 
@@ -587,17 +588,7 @@ def record(
     target = results_folder() / _place(told)
     if _stands(target, told):
         return Verdict(claim, estimate, lm.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(dir=target.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(told, stream, indent=1, ensure_ascii=False)
-            stream.write("\n")
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    disk.write(target, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return Verdict(claim, estimate, lm.name)
 
 

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import yaml
@@ -222,14 +223,14 @@ def provenance(known: Origin, staging: Path, everything: Sequence[Mapping], chap
     used = {p: sorted({v[p] for v in packages if p in v}) for p in ("kncore", "torch", "transformers")}
     rows = [["Model", of or _code(mine or UNKNOWN)]]
     rows += [["Data", " and ".join(SOURCES.get(s, _text(s)) for s in sources)]]
-    rows += [["Seed", ", ".join(map(str, seeds))]]
-    rows += [["Packages", ", ".join(f"{p} {' and '.join(v)}" for p, v in used.items() if v) or UNKNOWN]]
+    rows += [["Seed", ", ".join(map(_text, seeds))]]
+    rows += [["Packages", ", ".join(f"{p} {_text(' and '.join(v))}" for p, v in used.items() if v) or UNKNOWN]]
     if told:
         dates = sorted(r.get("date", UNKNOWN) for r in told)
         outdated = [r for r in told if r["stale"]]
         why = _text("; ".join(dict.fromkeys(reason for r in outdated for reason in r["stale"])))
         stale = f"; [{len(outdated)} of them stale: {why}]{{.stale}}" if outdated else ""
-        rows += [["Records", f"{len(told)}, of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}{stale}"]]
+        rows += [["Records", f"{len(told)}, of {_text(' to '.join(dict.fromkeys((dates[0], dates[-1]))))}{stale}"]]
     rows += [["Run took", _ran(ran)], ["Rendered from", _commit(known)]]
 
     up, number = "../" * (len(place.parts) - 1), chapter.number
@@ -237,7 +238,7 @@ def provenance(known: Origin, staging: Path, everything: Sequence[Mapping], chap
     if any(r["chapter"] == number for r in everything):
         away += [("its records on every model", f"records/{number}.csv"), ("the same", f"records/{number}.json")]
     away += [("all of these with the data", f"archives/{_archive_name(place)}")]
-    links = [f'<a href="{up}{path}" download>{what} ({Path(path).suffix})</a>' for what, path in away]
+    links = [f'<a href="{up}{quote(path)}" download>{what} ({Path(path).suffix})</a>' for what, path in away]
     rows += [["Take away", " · ".join(links)]]
     if not name and (address := colab(known.repository, chapter.path.name)):
         rows += [["Run it on Colab", f"[open the notebook]({address}); its first cell installs the package"]]
@@ -248,7 +249,9 @@ def _ran(ran: Mapping) -> str:
     if not ran:
         return UNKNOWN
     threads = "one thread" if ran["threads"] == "1" else f"{ran['threads']} threads"
-    return f"{ran['seconds']} s on {threads}, on {ran['date']}; what earlier runs had stored was not computed again"
+    return (
+        f"{ran['seconds']} s on {threads}, on {_text(ran['date'])}; what earlier runs had stored was not computed again"
+    )
 
 
 def _commit(known: Origin) -> str:

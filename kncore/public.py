@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import pooch
 
+from kncore import disk
 from kncore.grammar import DETERMINERS, plural
 from kncore.tasks import DATA, MASK, Query, unknown
 
@@ -229,19 +230,27 @@ def fetch(source: Source) -> Path:
         f"Pass path=... of a local copy, or fetch {source.url} on a machine with access and copy it to {cached} "
         f"(sha256 {source.sha256})."
     )
+    if cached.is_file() and disk.digest(cached) != source.sha256:
+        disk.warn(f"{cached} is damaged (its checksum is another); it is fetched anew")
     try:
-        found = pooch.retrieve(
-            source.url,
-            known_hash=f"sha256:{source.sha256}",
-            fname=cached.name,
-            path=cached.parent,
-            downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60),
-        )
+        try:
+            return _retrieve(source, cached)
+        except OSError as error:
+            if not disk.full(error):
+                raise
+            return _retrieve(source, disk.elsewhere(cached.parent, error) / cached.name)
     except OSError as error:
         raise ConnectionError(f"could not fetch {source.file} from {source.url}: {error}. {remedy}") from error
     except ValueError as error:
         raise ValueError(f"{source.url} is not the pinned {source.file}: {error}. {remedy}") from error
-    return Path(found)
+
+
+def _retrieve(source: Source, place: Path) -> Path:
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
+    known = f"sha256:{source.sha256}"
+    return Path(
+        pooch.retrieve(source.url, known_hash=known, fname=place.name, path=place.parent, downloader=downloader)
+    )
 
 
 @cache

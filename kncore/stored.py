@@ -10,6 +10,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
@@ -35,14 +36,28 @@ _STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=\b|_)")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 _PATH = re.compile(r"""(?<![\w/.:~<>*-])/(?:[\w.+@-]+/)+[\w.+@-]*|\b[A-Z]:\\\w""")
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)")
+_TAG = re.compile(r"<(?=[a-zA-Z/!?])(?!/?(?:sup|sub)>)")  # Markdown would pass it on as HTML
 _BLANKS = re.compile(r"[ \t]+")
+
+
+def read(path: Path) -> NotebookNode:
+    """A notebook at rest; ValueError names the file that is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, nbformat.ValidationError) as error:
+        told = " ".join(str(error).split())[:120] or type(error).__name__
+        place = f"{path.parent.name}/{path.name}"
+        raise ValueError(
+            f"{path} is no notebook ({told}); restore it (git checkout -- {place}) or run it anew"
+        ) from error
 
 
 def finalise(nb: NotebookNode, replace: Mapping[str, str] | None = None) -> NotebookNode:
     """The notebook as it is stored: two runs that computed the same give the same bytes.
 
     Timings, kernel and runner metadata, random cell ids, stderr, widget state and the name of the machine's
-    folders go; execution counts and outputs stay. Pieces of one stream that follow each other become one output.
+    folders go; execution counts and outputs stay. Pieces of one stream that follow each other become one output. HTML
+    in a Markdown output is shown as text.
 
     Args:
         nb: an executed notebook; it is not changed.
@@ -157,7 +172,7 @@ def _outputs(outputs: list[NotebookNode], replace: Mapping[str, str] | None) -> 
             output.text = stable(output.text, replace)
         for mime, value in output.get("data", {}).items():
             if isinstance(value, str) and not mime.startswith("image/"):
-                output.data[mime] = stable(value, replace)
+                output.data[mime] = stable(_TAG.sub("&lt;", value) if mime == "text/markdown" else value, replace)
     return kept
 
 

@@ -15,7 +15,7 @@ import difflib
 import random
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 
@@ -38,7 +38,7 @@ class Query:
     template  the prompt with {} in place of the subject.
     value     the condition within a phenomenon, such as "singular" or "feminine"; "" for facts.
 
-    Raises ValueError where a field breaks these rules.
+    Raises ValueError where a field breaks these rules, TypeError where one is no text.
     """
 
     prompt: str
@@ -52,7 +52,15 @@ class Query:
 
     def __post_init__(self) -> None:
         def fail(problem: str) -> None:
-            raise ValueError(f"Query(prompt={self.prompt!r}, target={self.target!r}): {problem}")
+            prompt, target = (f"{text[:200]!r}{'…' * (len(text) > 200)}" for text in (self.prompt, self.target))
+            raise ValueError(f"Query(prompt={prompt}, target={target}): {problem}")
+
+        for one in fields(self):
+            text = getattr(self, one.name)
+            if not isinstance(text, str):
+                raise TypeError(f"the {one.name} of a Query must be text, got {type(text).__name__} {text!r:.80}")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                fail(f"the {one.name} holds half of a surrogate pair, which is no text; repair its encoding")
 
         if not self.prompt.strip():
             fail("the prompt is empty")

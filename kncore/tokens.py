@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,17 +37,27 @@ def encode(lm: LM, query: Query, target: str | None = None) -> Encoded:
     mask token per target token; a prompt without it gets " [MASK]." appended.
 
     Raises ValueError where the prompt has no tokens, is longer than the model's context, or a causal model is asked
-    about a mask with text after it.
+    about a mask with text after it. A target outside the vocabulary is warned of: it is asked as the unknown token.
     """
+    if not isinstance(query, Query):
+        raise TypeError(
+            f"expected a Query, got {type(query).__name__} {str(query)[:40]!r}; make one of prompt and target"
+        )
     word = query.target if target is None else target
     ids, position, wanted, *_ = (_masked if lm.spec.masked else _causal)(lm, query.prompt, word)
     if not wanted:
-        raise ValueError(f"target {word!r} has no tokens for {lm.name}")
+        raise ValueError(f"target {word!r} has no tokens for {lm.name}; give a word that it can write")
+    if lm.tokenizer.unk_token_id in wanted:
+        warnings.warn(
+            f"{word!r} is not in the vocabulary of {lm.name}: asked is {lm.tokenizer.unk_token}, any unknown word",
+            stacklevel=2,
+        )
     limit = longest(lm)
     length = len(ids) + (0 if lm.spec.masked else len(wanted) - 1)
     if limit is not None and length > limit:
         raise ValueError(
-            f"prompt {query.prompt[:40]!r}… has {length} tokens with its target, the context of {lm.name} is {limit}"
+            f"prompt {query.prompt[:40]!r}… has {length} tokens with its target, the context of {lm.name} is {limit}; "
+            "shorten it"
         )
     return Encoded(tuple(ids), position, tuple(wanted))
 
@@ -70,7 +81,7 @@ def _causal(lm: LM, prompt: str, word: str) -> tuple[list[int], int, list[int]]:
         prompt = before.rstrip()
     ids = lm.tokenizer(prompt)["input_ids"]
     if not ids:
-        raise ValueError(f"prompt {prompt!r} has no tokens for {lm.name}")
+        raise ValueError(f"prompt {prompt!r} has no tokens for {lm.name}; give a longer one")
     joint = lm.tokenizer(f"{prompt} {word}")["input_ids"]
     if joint[: len(ids)] != ids:
         raise ValueError(

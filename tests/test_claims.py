@@ -446,9 +446,9 @@ def test_a_verdict_in_words_and_in_html():
     verdict = Verdict(ABOVE, CLEAR, "m1")
     assert str(verdict) == repr(verdict) == "Supported on m1: A. m: 0.80 [0.60, 0.90], n = 40"
     html = verdict._repr_html_()
-    for said in ('class="verdict supported"', "A.", "0.80 [0.60, 0.90], n = 40", "lies above 0.5"):
+    for said in ('class="verdict supported ', "A.", "0.80 [0.60, 0.90], n = 40", "lies above 0.5"):
         assert said in html
-    assert 'class="verdict contradicted"' in Verdict(WITHIN, CLEAR, "m1")._repr_html_()
+    assert 'class="verdict contradicted ' in Verdict(WITHIN, CLEAR, "m1")._repr_html_()
 
 
 def test_html_of_a_verdict_escapes_what_it_shows():

@@ -174,7 +174,7 @@ def test_every_figure_is_drawn_here():
     public = {name for name in own if not name.startswith("_")}
     ends = ("_wide", "_tiny", "_one", "_zero", "_empty", "_signed", "_before", "_linear")
     drawn = {name.removesuffix(end) for name in DRAW for end in ends}
-    assert public - {"setup", "table"} <= drawn
+    assert public - {"plain", "setup", "table"} <= drawn
 
 
 def test_numbers_are_written_into_the_cells_of_tokens_that_they_are_large_for():

@@ -7,6 +7,7 @@ import zipfile
 from types import SimpleNamespace
 
 import gguf
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ from kncore import Query, models, predictions, tokens
 from kncore.arch import spec_for
 from kncore.models import DEFAULT, REGISTRY, Wheel, load
 
+COMMIT = "0123456789" * 4
 IDS = torch.tensor([[5, 9, 11, 7], [2, 20, 6, 1]])
 
 
@@ -118,21 +120,67 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "owner/name", "owner/name@", "name@revision"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no-such-model",
+        "owner/name",
+        "owner/name@",
+        "name@revision",
+        "owner/name@main",
+        f"../{COMMIT}@{COMMIT}",
+        "a\0b",
+        "x" * 5000,
+        "",
+    ],
+)
 def test_an_unknown_name_lists_those_that_work(name):
     with pytest.raises(ValueError, match="owner/name@commit") as error:
         load(name)
-    assert all(known in str(error.value) for known in [name, *REGISTRY])
+    assert all(known in str(error.value) for known in [repr(name)[:60], *REGISTRY])
 
 
 def test_a_hub_model_that_cannot_be_had_says_what_to_do(monkeypatch):
-    def none(*args, **kwargs):
-        assert kwargs["revision"] == "0123abcd" and kwargs["trust_remote_code"] is False
+    def none(repo, revision, **_):
+        assert (repo, revision) == ("owner/name", COMMIT)
         raise OSError("We couldn't connect.\nMore lines.")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", none)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", none)
     with pytest.raises(OSError, match="cannot load 'owner/name': We couldn't connect. Where there is no network"):
-        load("owner/name@0123abcd")
+        load(f"owner/name@{COMMIT}")
+
+
+def test_a_hub_file_is_compared_with_the_hash_that_names_it(tmp_path, monkeypatch, capsys):
+    """As the Hugging Face cache keeps it: a link to a blob named by its sha256, or by git's hash of a small file."""
+    snapshot, blobs = tmp_path / "snapshots" / COMMIT, tmp_path / "blobs"
+    source = tmp_path / "source"
+    save(source, "gpt2")
+
+    def fetched(repo, revision, allow_patterns):
+        for folder in (snapshot, blobs):
+            folder.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir():
+            content = path.read_bytes()
+            small = path.suffix == ".json"
+            told = hashlib.sha1(b"blob %d\0" % len(content) + content) if small else hashlib.sha256(content)
+            if not (blobs / told.hexdigest()).exists():
+                (blobs / told.hexdigest()).write_bytes(content)
+            (snapshot / path.name).unlink(missing_ok=True)
+            (snapshot / path.name).symlink_to(blobs / told.hexdigest())
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    lm = load(f"owner/name@{COMMIT}")
+    assert (lm.name, lm.revision) == (f"owner/name@{COMMIT}", COMMIT)
+    assert "damaged" not in capsys.readouterr().err
+    for name in ("model.safetensors", "config.json"):
+        blob = (snapshot / name).resolve()
+        content = bytearray(blob.read_bytes())
+        content[len(content) // 2] ^= 1
+        blob.write_bytes(content)
+        load(f"owner/name@{COMMIT}")
+        assert f"{snapshot / name} is damaged" in capsys.readouterr().err
+        assert blob.read_bytes() == (source / name).read_bytes()
 
 
 def test_every_registered_hub_model_is_pinned_to_a_commit():
@@ -197,6 +245,17 @@ def test_touched_after_a_write_or_a_hook_and_only_then():
     with torch.no_grad():
         lm.blocks[2].mlp.down_proj.weight[0, 0] += 1.0
     assert lm.touched
+
+
+@pytest.mark.parametrize("place", [(3,), (slice(None), 5), (slice(None),)])
+def test_touched_after_a_row_or_a_column_was_written_behind_the_back_of_pytorch(place):
+    lm = tiny.lm("gpt2")
+    weight = lm.blocks[1].mlp.c_proj.weight
+    before = weight[place].clone()
+    weight.data[place] += 1e-6
+    assert lm.touched
+    weight.data[place] = before
+    assert not lm.touched
 
 
 def test_touched_after_a_weight_was_replaced_or_loaded():

@@ -110,7 +110,7 @@ def test_the_readme_shows_commands_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):.*##", makefile, re.MULTILINE))
-    assert targets == set("help install book pdf test smoke models notebooks lint bench clean".split())
+    assert targets == set("help install book pdf test smoke models notebooks lint audit bench clean".split())
     shown = set(re.findall(r"^make ([a-z]+)", readme, re.MULTILINE))
     assert {"book", "test"} <= shown <= targets
     lines = re.findall(r"^\.venv/bin/python -m kncore (.*?)(?:\s+#.*)?$", readme, re.MULTILINE)
