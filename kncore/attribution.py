@@ -30,6 +30,8 @@ from kncore.tasks import Query
 PANEL_NODES = 5
 SPLIT = 4
 DEPTH = 7
+# Rounding noise of P, in units of the dtype's precision: at 100 a half precision would never split a path.
+NOISE = {torch.float16: 16, torch.bfloat16: 16}
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,11 @@ class _Path:
     budget: int
 
     def measure(self, logits: Float[Tensor, "row vocab"], queries: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        p = logits.log_softmax(-1).gather(1, self.wanted[queries][:, None])[:, 0]
+        p = self.log_measure(logits, queries)
         return p if self.log else p.exp()
+
+    def log_measure(self, logits: Float[Tensor, "row vocab"], queries: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        return logits.log_softmax(-1).gather(1, self.wanted[queries][:, None])[:, 0]
 
     def values(self, points: Sequence[_Point]) -> list[float]:
         """P at points that rise in block."""
@@ -186,11 +191,15 @@ class _Path:
     def slopes(self, points: Sequence[_Point]) -> Float[Tensor, "point width"]:
         """Gradient of P with respect to the site's state, at points that rise in block."""
         out = []
+        # The gradient of a small P is below what float16 can hold; that of log P is not, and dP = P · d(log P).
+        narrow = self.captured.lm.dtype == torch.float16 and not self.log
         for changes in passes(self.captured, self._changes(points), self.budget):
             changes = [replace(change, values=change.values.detach().requires_grad_()) for change in changes]
-            p = self.measure(replay(self.captured, changes), _prompts(changes))
-            out += torch.autograd.grad(p.sum(), [change.values for change in changes])
-        return torch.cat(out).float()
+            measure = self.log_measure if narrow else self.measure
+            p = measure(replay(self.captured, changes), _prompts(changes))
+            slopes = torch.cat(torch.autograd.grad(p.sum(), [change.values for change in changes])).float()
+            out.append(slopes * p.detach().exp()[:, None] if narrow else slopes)
+        return torch.cat(out)
 
     def _changes(self, points: Sequence[_Point]) -> Iterator[Change]:
         device, dtype = self.states.device, self.captured.lm.dtype
@@ -250,7 +259,7 @@ def _scores(path: _Path, fixed: tuple[np.ndarray, np.ndarray] | None, tol: float
     """Results for each query of one capture: panels of the paths, split until each is complete."""
     n_queries, n_blocks, _ = path.states.shape
     nodes, weights = fixed or rule("gauss", PANEL_NODES)
-    noise = 100 * torch.finfo(path.captured.lm.dtype).eps
+    noise = NOISE.get(path.captured.lm.dtype, 100) * torch.finfo(path.captured.lm.dtype).eps
     starts = [_Point(block, query, 0.0) for block in range(n_blocks) for query in range(n_queries)]
     p_zero = path.values(starts)
     p_one = path.measure(path.captured.logits, torch.arange(n_queries, device=path.states.device)).tolist()

@@ -51,7 +51,7 @@ def texts() -> list[Path]:
 # --------------------------------------------------------------------------------- what is installed where
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-bench.lock"])
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-bench.lock", "requirements-cluster.lock"])
 def test_a_lock_holds_plain_exact_versions_in_order(name):
     packages = locked(name)
     assert list(packages) == sorted(packages)

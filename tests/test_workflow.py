@@ -1,0 +1,131 @@
+"""The workflow: its jobs, and a run that is stopped, repeated and changed. Skipped where there is no Snakemake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from test_project import locked
+
+ROOT = Path(__file__).resolve().parent.parent
+SNAKEMAKE = os.environ.get("KNCORE_SNAKEMAKE") or shutil.which("snakemake")
+needs_snakemake = pytest.mark.skipif(
+    not SNAKEMAKE, reason="no snakemake here: install requirements-cluster.lock, or name one by KNCORE_SNAKEMAKE"
+)
+SMALL = {
+    "python": sys.executable,
+    "out": "out",
+    "models": ["controlled-gpt2"],
+    "threads": 1,
+    "shards": 2,
+    "sweeps": [{"name": "facts", "run": "attribution capital -n 6 --steps 4"}],
+    "chapters": ["01"],
+}
+
+
+def snakemake(folder: Path, *arguments: str, **config) -> subprocess.CompletedProcess:
+    settings = folder / "config.json"
+    settings.write_text(json.dumps({**SMALL, **config}))
+    command = [SNAKEMAKE, "-s", str(ROOT / "workflow" / "Snakefile"), "--configfile", str(settings), "--cores", "2"]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
+    """The table of jobs that Snakemake prints."""
+    lines = (done.stdout + done.stderr).splitlines()
+    if "Job stats:" not in lines:
+        return {}
+    start = lines.index("Job stats:") + 3
+    rows = (line.split() for line in lines[start : lines.index("", start)])
+    return {name: int(count) for name, count in rows if name not in ("all", "total")}
+
+
+def test_the_lock_of_the_cluster_holds_the_project_and_snakemake():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages, plain = locked("requirements-cluster.lock"), locked("requirements.lock")
+    extras = project["optional-dependencies"]
+    for requirement in map(Requirement, [*project["dependencies"], *extras["book"], *extras["cluster"]]):
+        version = packages[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), requirement
+    assert {requirement.partition(">")[0] for requirement in extras["cluster"]} == {
+        "snakemake",
+        "snakemake-executor-plugin-slurm",
+    }
+    held_back = {name for name in packages.keys() & plain.keys() if packages[name] != plain[name]}
+    assert held_back == {"packaging", "sqlalchemy"}, "renew the two locks together"
+
+
+def test_profiles_rerun_by_content_and_ask_for_one_gpu_a_job():
+    folder = ROOT / "workflow" / "profiles"
+    default, slurm = (yaml.safe_load((folder / name / "config.yaml").read_text()) for name in ("default", "slurm"))
+    assert "mtime" not in default["rerun-triggers"] and default["rerun-incomplete"]
+    assert slurm["executor"] == "slurm" and slurm["retries"] > 0
+
+
+@needs_snakemake
+def test_models_shards_and_chapters_are_multiplied(toy):
+    done = snakemake(
+        toy,
+        "-n",
+        models=["controlled-gpt2", "owner/name@rev"],
+        shards=3,
+        sweeps=[{"name": name, "run": "x"} for name in "ab"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert jobs(done) == {"fetch": 2, "shard": 12, "merge": 4, "chapter": 2}
+
+
+@needs_snakemake
+def test_a_job_has_one_gpu_where_the_device_is_one(toy):
+    for device, told in (("cpu", "gpu=0"), ("cuda", "gpu=1")):
+        done = snakemake(toy, "-n", "-p", device=device)
+        assert done.returncode == 0 and told in done.stdout + done.stderr
+    assert "KNCORE_DEVICE=cuda" in done.stdout + done.stderr
+
+
+@needs_snakemake
+def test_a_chapter_that_is_not_there_is_named(toy):
+    done = snakemake(toy, "-n", chapters=["07"])
+    assert done.returncode == 1 and "no chapters 07; there are 01" in done.stderr
+
+
+@needs_snakemake
+def test_a_sweep_runs_in_shards_and_is_run_again_for_its_content_only(toy):
+    shutil.copytree(ROOT / "workflow" / "profiles", toy / "workflow" / "profiles")
+    profile = ("--workflow-profile", str(toy / "workflow" / "profiles" / "default"))
+    done = snakemake(toy, *profile)
+    assert done.returncode == 0, done.stderr
+    records = toy / "out" / "controlled-gpt2" / "facts.jsonl"
+    first = records.read_text()
+    assert [json.loads(line)["place"] for line in first.splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert list((toy / "out" / "controlled-gpt2" / "book").glob("01-*.ipynb"))
+
+    for path in [*toy.rglob("*.ipynb"), *toy.rglob("fetched")]:
+        os.utime(path)  # as in a fresh clone
+    assert jobs(snakemake(toy, "-n", *profile)) == {}
+    finer = [{"name": "facts", "run": "attribution capital -n 6 --steps 5"}]
+    assert jobs(snakemake(toy, "-n", *profile, sweeps=finer))["shard"] == 2
+
+    # A job that fails takes its marker with it, and nothing else.
+    failed = snakemake(toy, *profile, sweeps=[{"name": "facts", "run": "attribution no_such_relation"}])
+    assert failed.returncode == 1 and records.read_text() == first
+    shards = sorted((toy / "out" / "controlled-gpt2" / "facts").glob("*.jsonl"))
+    assert len(shards) == 2
+    again = snakemake(toy, *profile)
+    assert again.returncode == 0 and records.read_text() == first
