@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         told = str(error) or type(error).__name__
         if hasattr(error, "exit_code"):
-            print(f"kncore: {told}", file=sys.stderr)
+            print(f"kncore: {_line(told) if error.exit_code == 2 else told}", file=sys.stderr)
             return error.exit_code
         print(f"kncore: {_line(told)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | TypeError) or getattr(error, "errno", None) in PATH else 1
@@ -128,7 +128,7 @@ PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOL
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(word if len(word) <= 300 else f"{word[:100]}…{word[-50:]}" for word in text.split())[:1900]
 
 
 def _command(options: argparse.Namespace) -> int:

@@ -162,6 +162,7 @@ def _searched(lm: LM, requests: Sequence[Query], settings: rome.Hyper, progress:
 
 def _check(requests: Sequence[Query]) -> None:
     for request in requests:
+        tokens.expect(request)
         if not request.foil:
             raise ValueError(f"the request {request.prompt!r} has no new answer; give it as the foil")
 

@@ -342,7 +342,7 @@ def leaders(groups: Mapping[str, Sequence[Neuron]]) -> Axes:
                 label = f"{neuron.block}·{neuron.index}" if count > 2 else f"{neuron.block}·\n{neuron.index}"
                 ax.text(left + count / 2, row, label, ha="center", va="center", color="white", fontsize=7.5)
             left += count
-    ax.set_yticks(range(len(groups)), labels=list(map(_label, groups)))
+    ax.set_yticks(range(len(groups)), labels=[_label(group).replace("_", " ") for group in groups])
     ax.set_ylim(len(groups) - 0.5, -0.5)
     ax.set(xlabel="facts")
     return ax

@@ -256,6 +256,13 @@ def _from_pretrained(folder, dtype: torch.dtype, device_map=None, offload_folder
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, SafetensorError) as error:
         raise _absent(str(folder), error) from error
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers has no error of its own for a file that it cannot understand
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"transformers cannot load {str(folder)!r} ({type(error).__name__}: {told}); get an intact copy of it"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(

@@ -71,6 +71,7 @@ def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) ->
         raise ValueError("no queries to predict; give at least one")
     first: dict[str, Query] = {}
     for query in queries:
+        tokens.expect(query)
         first.setdefault(query.template, query)
     known: dict[str, list[int]] = {}
     rows: list[dict] = [{}] * len(queries)

@@ -29,6 +29,13 @@ class Encoded:
     target: tuple[int, ...]
 
 
+def expect(query: Query) -> None:
+    """Raises TypeError where something else is given for a query."""
+    if not isinstance(query, Query):
+        told = f"{type(query).__name__} {str(query)[:40]!r}"
+        raise TypeError(f"expected a Query, got {told}; make one of prompt and target")
+
+
 def encode(lm: LM, query: Query, target: str | None = None) -> Encoded:
     """Token ids of a query, or of the same prompt with another `target` (a foil, a candidate).
 
@@ -39,10 +46,7 @@ def encode(lm: LM, query: Query, target: str | None = None) -> Encoded:
     Raises ValueError where the prompt has no tokens, is longer than the model's context, or a causal model is asked
     about a mask with text after it. A target outside the vocabulary is warned of: it is asked as the unknown token.
     """
-    if not isinstance(query, Query):
-        raise TypeError(
-            f"expected a Query, got {type(query).__name__} {str(query)[:40]!r}; make one of prompt and target"
-        )
+    expect(query)
     word = query.target if target is None else target
     ids, position, wanted, *_ = (_masked if lm.spec.masked else _causal)(lm, query.prompt, word)
     if not wanted:

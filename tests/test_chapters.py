@@ -55,10 +55,12 @@ def test_a_chapter_says_what_it_does_not_show_and_has_exercises_with_hidden_answ
 
 
 @named(ALL)
-def test_the_commands_of_a_chapter_run_that_chapter_with_parameters_that_it_has(chapter):
+def test_the_commands_of_a_chapter_run_that_chapter_with_parameters_that_it_has(chapter, tmp_path, monkeypatch):
+    (tmp_path / "my-corpus").mkdir()
     blocks = re.findall(r"^```bash\n(.*?)^```", prose(chapter.path) + "\n", re.DOTALL | re.MULTILINE)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     assert lines
+    monkeypatch.chdir(tmp_path)
     for program, *rest in lines:
         if program.endswith("papermill"):
             notebook, out, *options = rest

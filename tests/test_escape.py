@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -21,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from toy import make_checkout, notebook
 
 from kncore import book, claims, figures, looking, pages, stored
 from kncore.stats import Estimate
@@ -83,8 +85,11 @@ def test_figures_draw_it(text):
 
         svg = print_figure((ax if hasattr(ax, "figure") else ax[0]).figure, "svg")
         plt.close("all")
-        tree = BeautifulSoup(svg, "xml")
-        assert tree.find("svg") and not tree.find_all(["script", "img", "image", "a", "foreignObject"])
+        elements = list(ElementTree.fromstring(svg).iter())
+        drawn = {one.tag.rpartition("}")[2] for one in elements}
+        assert "svg" in drawn and not {"script", "img", "a", "foreignObject"} & drawn
+        links = [value for one in elements for name, value in one.attrib.items() if name.endswith("href")]
+        assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -99,17 +104,22 @@ def test_figures_to_look_into_hold_it_as_data(text):
 @pytest.mark.parametrize("text", [*HOSTILE, "a ``` b"])
 def test_pages_made_from_records_show_it(text, tmp_path, monkeypatch):
     name = " ".join(text.split()).replace("/", "--")
-    monkeypatch.setenv("KNCORE_RESULTS", str(tmp_path))
+    monkeypatch.setenv("KNCORE_RESULTS", str(tmp_path / "results"))
     lm = SimpleNamespace(name=name, revision=text, dtype=torch.float32)
     claims.record("equally-few", lm, Estimate(0.1, 0.0, 0.2, 40), seed=0, source=text)
-    for made in (pages.provenance(tmp_path), pages.claims_table(tmp_path)):
+    chapter = notebook()
+    chapter.cells[1].source = f"model = {name!r}"
+    make_checkout(tmp_path, **{f"n{CLAIM.chapter}_toy": chapter})
+    named = (pages.provenance(tmp_path / "results"), pages.claims_matrix(tmp_path))
+    for made in (*named, pages.claims_table(tmp_path)):
         table = made.replace("```{list-table}", "").replace("```", "", 0)
         html = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(
             "\n\n".join(re.findall(r"^(?:\* -|  -) (.*)$", table, re.MULTILINE)) if "list-table" in made else made
         )
         soup = BeautifulSoup(html, "html.parser")
-        assert not soup.find_all(["script", "img", "a", "iframe"]), made
-        assert name in " ".join(soup.get_text().split())
+        assert not soup.find_all(["script", "img", "iframe"]), made
+        assert {link["href"] for link in soup.find_all("a")} <= {f"notebooks/{CLAIM.chapter}-toy.ipynb"}
+        assert made not in named or name in " ".join(soup.get_text().split())
     assert not BeautifulSoup(MarkdownIt().render(book._card(name)), "html.parser").find_all(["script", "img", "a"])
 
 
@@ -121,6 +131,7 @@ import sys
 sys.path.insert(0, {root!r})
 extensions = ["myst_nb", "sphinx.ext.mathjax"]
 nb_execution_mode = "off"
+smartquotes = False
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "html_image"]
 html_theme = "basic"
 html_static_path = [{assets!r}]

@@ -56,7 +56,7 @@ few = settings(max_examples=60, deadline=None, suppress_health_check=list(Health
 
 @contextlib.contextmanager
 def answered(*kinds: type[Exception]):
-    """No other error than these, and each in one line that is not empty."""
+    """No other error than these, and each says something, which the command line puts into one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -64,17 +64,17 @@ def answered(*kinds: type[Exception]):
         except Exception as error:
             if not isinstance(error, kinds or (ValueError, TypeError)):
                 raise
-            told = str(error)
-            assert told.strip() and "\n" not in told.strip() and len(told) < 2000, told
+            told = __main__._line(str(error))
+            assert told and "\n" not in told and len(told) < 2000, told
 
 
 # ------------------------------------------------------------------------------------------- the command line
 
 
-@pytest.fixture(scope="module")
-def typed(tmp_path_factory):
+@pytest.fixture
+def typed(tmp_path):
     """A function that runs a command in a toy checkout where nothing is computed or fetched: exit code, stderr."""
-    root = make_checkout(tmp_path_factory.mktemp("fuzz") / "toy", n01_toy=notebook(COMPUTE))
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook(COMPUTE))
 
     def stop(*_, **__):
         raise pipeline.RunError("it would have been done")

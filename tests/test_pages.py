@@ -56,12 +56,12 @@ def test_a_chapter_that_compares_models_is_given_one_and_has_no_run_of_its_own(t
     compares = notebook("print(models)")
     compares.cells[1].source = 'models = "tiny,other"'
     root = make_checkout(tmp_path / "toy", n01_toy=notebook(COMPUTE), n02_both=compares)
-    written = pipeline.run(root, model="one")
+    written = pipeline.run(root, model="gpt2")
     assert [path.name for path in written] == ["01-toy.ipynb"]
-    assert not (root / "book" / "runs" / "one" / "02-both.ipynb").exists()
-    pipeline.run(root, model="one", only=["02"], out=tmp_path / "out")
+    assert not (root / "book" / "runs" / "gpt2" / "02-both.ipynb").exists()
+    pipeline.run(root, model="gpt2", only=["02"], out=tmp_path / "out")
     ran = nbformat.read(tmp_path / "out" / "02-both.ipynb", as_version=4)
-    assert ran.cells[-1].outputs[0].text == "one\n"
+    assert ran.cells[-1].outputs[0].text == "gpt2\n"
 
 
 def test_a_run_leaves_the_records_that_another_one_made_meanwhile(tmp_path):
@@ -79,18 +79,18 @@ def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeyp
     source = COMPUTE.replace('"tiny")', "model)")
     root = make_checkout(tmp_path / "toy", n01_toy=notebook(source))
     (root / "_config.yml").write_text("title: Toy\n")
-    monkeypatch.setattr(book, "BESIDE", ("one", "two", "three"))
-    for name in ("one", "two"):
+    monkeypatch.setattr(book, "BESIDE", ("gpt2", "gpt2-xl", "llama-2-7b"))
+    for name in ("gpt2", "gpt2-xl"):
         (root / "book" / "runs" / name).mkdir(parents=True)
         shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / name)
     staging = book.stage(root)
     book._run_all(root, staging, 60)
-    for name in ("one", "two"):
+    for name in ("gpt2", "gpt2-xl"):
         ran = nbformat.read(staging / "book" / "runs" / name / "01-toy.ipynb", as_version=4)
         assert ran.cells[-1].outputs[0].text.startswith(f"{name} 0.0")
         assert (staging / "results" / name / "claim.json").is_file()
         assert not (staging / "book" / "runs" / name / "results").exists()
-    assert not (staging / "book" / "runs" / "three").exists()
+    assert not (staging / "book" / "runs" / "llama-2-7b").exists()
 
 
 def test_chapters_that_attribute_share_a_job(tmp_path):
@@ -101,12 +101,12 @@ def test_chapters_that_attribute_share_a_job(tmp_path):
 
 
 def test_a_model_beside_that_fails_is_named_with_its_cell(tmp_path, monkeypatch):
-    root = make_checkout(tmp_path / "toy", n01_toy=notebook('1 / (model != "one")'))
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook('1 / (model != "gpt2")'))
     (root / "_config.yml").write_text("title: Toy\n")
-    monkeypatch.setattr(book, "BESIDE", ("one",))
-    (root / "book" / "runs" / "one").mkdir(parents=True)
-    shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "one")
-    with pytest.raises(pipeline.RunError, match=r"(?s)one:.*cell 4 .*ZeroDivisionError"):
+    monkeypatch.setattr(book, "BESIDE", ("gpt2",))
+    (root / "book" / "runs" / "gpt2").mkdir(parents=True)
+    shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "gpt2")
+    with pytest.raises(pipeline.RunError, match=r"(?s)gpt2:.*cell 4 .*ZeroDivisionError"):
         book._run_all(root, book.stage(root), 60)
 
 

@@ -199,6 +199,7 @@ def test_other_parameters_never_touch_what_is_tracked(toy, tmp_path):
 
 def test_a_local_model_is_named_after_its_folder(toy, tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "config.json").write_text('{"model_type": "gpt2"}')
     monkeypatch.chdir(tmp_path / "models")
     (path,) = pipeline.run(toy, model="./mine")
     assert path == toy / "book" / "runs" / "mine" / "01-toy.ipynb"

@@ -90,7 +90,7 @@ def test_preference_by_hand(monkeypatch):
     row = torch.full((tiny.VOCAB,), 0.001)
     for word, p in (("Paris", 0.3), ("Madrid", 0.2), ("France", 0.4), ("Spain", 0.05)):
         row[first(lm, FACTS[0], word)] = p
-    monkeypatch.setattr(predictions, "log_probabilities", lambda lm, queries: row.log().expand(len(queries), -1))
+    monkeypatch.setattr(predictions, "_rows", lambda lm, queries: ((i, row.log()) for i in range(len(queries))))
 
     def ask(target, foil="", candidates=()):
         (told,) = predict(lm, [Query("the capital of Spain is", target, foil=foil)], candidates).itertuples()
