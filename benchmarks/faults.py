@@ -142,7 +142,6 @@ def killed(
 ) -> Told:
     """Kill a run at a random moment, run it again; `fresh` gives checkout, arguments and the folders of its results."""
     checkout, arguments, places = fresh(folder / "whole")
-    before = results(*places)
     begun = time.monotonic()
     code, said = finished(start(checkout, folder / "whole", *arguments))
     took = time.monotonic() - begun
@@ -153,6 +152,7 @@ def killed(
     for i in range(times):
         here = folder / f"killed-{i}"
         checkout, arguments, places = fresh(here)
+        before = results(*places)
         process = start(checkout, here, *arguments)
         moment = draw.uniform(0, took)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -219,12 +219,12 @@ def a_disk_that_fills_up(folder: Path, seed: int = 0) -> Told:
     """No file may grow beyond so many bytes, as on a disk with that much room left."""
     told = Told()
     checkout, arguments, places = _toy(folder / "whole")
-    before = results(*places)
     finished(start(checkout, folder / "whole", *arguments))
     want = results(*places)
     for i, limit in enumerate((0, *random.Random(seed).sample(range(100, 4000), 3))):
         here = folder / f"full-{i}"
         checkout, arguments, places = _toy(here)
+        before = results(*places)
         code, said = finished(start(checkout, here, *arguments, limit=limit))
         told.tried += 1
         told.said += code == 0 or "kncore: " in said

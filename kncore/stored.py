@@ -36,7 +36,7 @@ _STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=\b|_)")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 _PATH = re.compile(r"""(?<![\w/.:~<>*-])/(?:[\w.+@-]+/)+[\w.+@-]*|\b[A-Z]:\\\w""")
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)")
-_TAG = re.compile(r"<(?=[a-zA-Z/!?])(?!/?(?:sup|sub)>)")  # Markdown would pass it on as HTML
+_TAG = re.compile(r"(?<!\\)((?:\\\\)*)<(?=[a-zA-Z/!?])(?!/?(?:sup|sub)>)")  # Markdown would pass it on as HTML
 _BLANKS = re.compile(r"[ \t]+")
 
 
@@ -172,7 +172,7 @@ def _outputs(outputs: list[NotebookNode], replace: Mapping[str, str] | None) -> 
             output.text = stable(output.text, replace)
         for mime, value in output.get("data", {}).items():
             if isinstance(value, str) and not mime.startswith("image/"):
-                output.data[mime] = stable(_TAG.sub("&lt;", value) if mime == "text/markdown" else value, replace)
+                output.data[mime] = stable(_TAG.sub(r"\1&lt;", value) if mime == "text/markdown" else value, replace)
     return kept
 
 
