@@ -30,12 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import nbformat  # noqa: E402
+import shards  # noqa: E402
 import torch  # noqa: E402
 from toy import COMPUTE, make_checkout, notebook  # noqa: E402
 
-from kncore import cache, claims, disk, pipeline, stored  # noqa: E402
+from kncore import cache, claims, disk, pipeline, stored, sweep  # noqa: E402
 
 REAL = ["--model", "controlled-gpt2", "--only", "00"]
+SWEEP = ["attribution", "capital", "official_language", "-n", "120", "--model", "controlled-gpt2"]
 
 
 @dataclass
@@ -56,17 +58,18 @@ class Told:
         return self.half == 0 < self.tried == self.said == self.again == self.same
 
 
-def start(checkout: Path, folder: Path, *arguments: str, limit: int | None = None) -> subprocess.Popen:
+def start(
+    checkout: Path, folder: Path, *arguments: str, command: str = "run", limit: int | None = None
+) -> subprocess.Popen:
     """`python -m kncore run` in a checkout, its stores in `folder`; `limit` bytes at most for any file it writes."""
     own = {"KNCORE_SCORES": str(folder / "scores"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kncore", "run", *arguments]
 
     def bounded() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "kncore", command, *arguments],
         cwd=checkout,
         env=os.environ | own | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.DEVNULL,
@@ -195,6 +198,36 @@ def kills_of_a_chapter(folder: Path, seed: int = 0) -> Told:
 
 
 KILLS = {kills_of_a_toy: 14, kills_of_a_chapter: 6}
+
+
+def kills_of_a_sweep(folder: Path, seed: int = 0) -> Told:
+    """The records are those of one sweep; scores computed beside other prompts differ in the last digits."""
+    told, draw = Told(), random.Random(seed)
+
+    def begun(here: Path) -> subprocess.Popen:
+        return start(ROOT, here, *SWEEP, "--out", str(here / "records"), command="sweep")
+
+    beginning = time.monotonic()
+    code, said = finished(begun(folder / "whole"))
+    took = time.monotonic() - beginning
+    if code:
+        raise RuntimeError(f"the undisturbed sweep failed: {said}")
+    want = sweep.load_records([folder / "whole" / "records"])
+    for i in range(5):
+        here = folder / f"killed-{i}"
+        process = begun(here)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(took / 4, took))  # before that it reads its modules
+        kill(process, whole=True)
+        told.tried += 1
+        told.said += 1
+        shown = list((here / "records").glob("[!.]*"))
+        told.half += bool(shown) and len(sweep.load_records(shown)) != len(want)
+        code, said = finished(begun(here))
+        told.again += code == 0
+        told.same += shards.apart(sweep.load_records([here / "records"]), want) < 1e-4
+        told.half += len(list((here / "records").iterdir())) != 1
+    return told
 
 
 def two_runs_on_one_output(folder: Path, seed: int = 0) -> Told:
@@ -447,6 +480,7 @@ def _no_room_at_the_end(place: Path) -> Iterator[None]:
 TRIALS: dict[Callable[..., Told], str] = {
     kills_of_a_toy: "SIGKILL at a random moment of `python -m kncore run`, two chapters without a model",
     kills_of_a_chapter: f"SIGKILL at a random moment of `python -m kncore run {' '.join(REAL)}`, an empty store",
+    kills_of_a_sweep: "SIGKILL at a random moment of `python -m kncore sweep`, facts on a small model",
     two_runs_on_one_output: "two runs at once on one output",
     a_disk_that_fills_up: "a disk with room for so many bytes a file: 0, and three numbers up to 4,000",
     a_store_that_cannot_be_written: "a store that is no folder, or without room for the file or for its name",

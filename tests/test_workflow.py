@@ -102,7 +102,7 @@ def test_a_job_has_one_gpu_where_the_device_is_one(toy):
 @needs_snakemake
 def test_a_chapter_that_is_not_there_is_named(toy):
     done = snakemake(toy, "-n", chapters=["07"])
-    assert done.returncode == 1 and "no chapters 07; there are 01" in done.stderr
+    assert done.returncode == 1 and "no chapters 07; there are 01" in done.stdout + done.stderr
 
 
 @needs_snakemake
