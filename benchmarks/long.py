@@ -123,7 +123,7 @@ def main() -> None:
     if digest(lm) != before or not kncore.predict(lm, queries[:50]).equals(said):
         raise SystemExit("the model is not what it was")
     rows = [
-        [f"{args.prompts} prompts attributed", swept, f"{swept.apart:.0e}"],
+        [f"{args.prompts:,} prompts attributed", swept, f"{swept.apart:.0e}"],
         [f"{args.edits} edits stacked and undone, {len(piled.memory)} times", piled, f"{piled.apart:.0f} levels"],
     ]
     lines = ["| work | memory on the way, MiB | growth | apart |", "| :-- | :-- | --: | --: |"]

@@ -1,6 +1,6 @@
 """Time a sweep by one process and by several that have a shard each, all with one thread, and compare their records.
 
-    python benchmarks/shards.py [--model NAME] [--processes N] [--prompts N] [--repeats N] [--out FILE]
+    python benchmarks/shards.py [--model NAME] [--processes N] [--prompts N ...] [--repeats N] [--out FILE]
 
 Prints a table in Markdown. Each run starts from nothing: processes start, load the model, and find no stored score. The
 two ways take turns.
@@ -19,7 +19,16 @@ from pathlib import Path
 from kncore import sweep
 from kncore.pipeline import write
 
-NAMES = ("capital", "official_language", "country_of_capital", "determiner_noun")
+NAMES = (
+    "capital",
+    "official_language",
+    "country_of_capital",
+    "occupation",
+    "continent",
+    "native_language",
+    "determiner_noun",
+    "subject_verb",
+)
 
 
 def run(folder: Path, processes: int, model: str, prompts: int) -> float:
@@ -52,25 +61,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="controlled-gpt2")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=800)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[800, 3600])
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, help="file to write the table to")
     args = parser.parse_args()
-    rows, worst, swept = [], 0.0, 0
-    for turn in range(args.repeats):
+    rows, worst = [], 0.0
+    for prompts in [prompts for prompts in args.prompts for _ in range(args.repeats)]:
         seconds, records = [], []
         for processes in (1, args.processes):
             with tempfile.TemporaryDirectory() as folder:
-                seconds.append(run(Path(folder), processes, args.model, args.prompts))
+                seconds.append(run(Path(folder), processes, args.model, prompts))
                 records.append(sweep.load_records([Path(folder) / "records"]))
-        swept, worst = len(records[0]), max(worst, apart(*records))
-        rows.append(f"| {turn + 1} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[1] / seconds[0]:.2f} |")
+        worst = max(worst, apart(*records))
+        rows.append(f"| {len(records[0]):,} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[1] / seconds[0]:.2f} |")
         print(rows[-1], file=sys.stderr)
     text = f"""\
-{swept} prompts, {args.model}, one thread a process, {os.cpu_count()} cores. Loading Python and the model is part of it.
+{args.model}, one thread a process, {os.cpu_count()} cores. Loading Python and the model is part of it.
 Largest difference of a score between the two ways, as a share of its prompt's largest: {worst:.0e}.
 
-| turn | one process, s | {args.processes} processes, s | ratio |
+| prompts | one process, s | {args.processes} processes, s | ratio |
 | --: | --: | --: | --: |
 {chr(10).join(rows)}
 """
