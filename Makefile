@@ -40,7 +40,8 @@ pdf: $(STAMP)  ## print the book, from the stored notebooks, into _build/book.pd
 	$(PY) -m kncore pdf
 
 test: lint  ## lint, unit tests, stored notebooks against fresh runs, the rendered book and its pages
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore tests/test_book.py --ignore tests/test_browser.py $(SHARED)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore tests/test_book.py --ignore tests/test_browser.py \
+		-n $(JOBS) --dist loadgroup
 	rm -rf $(FRESH)
 	OMP_NUM_THREADS=1 KNCORE_SCORES=$(FRESH)/scores KNCORE_RESULTS=$(FRESH)/results \
 		$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=1800 $(SHARED)

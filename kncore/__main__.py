@@ -147,7 +147,7 @@ def _command(options: argparse.Namespace) -> int:
     if options.command == "cache":
         return _cache(options)
 
-    from kncore import book, pages, pipeline
+    from kncore import pipeline
 
     root = pipeline.find_root()
     if options.command == "run":
@@ -162,7 +162,11 @@ def _command(options: argparse.Namespace) -> int:
         )
         for path in written:
             print(path)
-    elif options.command in ("book", "render"):
+        return 0
+
+    from kncore import book, pages  # a second more, which a run does without
+
+    if options.command in ("book", "render"):
         execute = options.command == "book"
         with pipeline.alone(root):
             page = book.book(root, execute=execute, **({"timeout": options.timeout} if execute else {}))
