@@ -29,6 +29,7 @@ from kncore.pipeline import write
 from kncore.tasks import Query
 
 BATCH = 50
+RELATIONS = ("birthplace", "capital", "field_of_work", "native_language", "occupation")  # in everyone's vocabulary
 
 
 class Long(NamedTuple):
@@ -50,7 +51,7 @@ def memory() -> float:
 def prompts(lm: LM, n: int) -> list[Query]:
     """`n` of the project's own queries: facts, then agreement, in an order of their own."""
     form = "masked" if lm.spec.masked else "causal"
-    pool = [query for name in kncore.relations() for query in kncore.facts(name)]
+    pool = [query for name in RELATIONS for query in kncore.facts(name)]
     pool += [query for name in kncore.phenomena() for query in kncore.minimal_pairs(name, form=form)]
     return random.Random(0).sample(list({(q.prompt, q.target): q for q in pool}.values()), n)
 

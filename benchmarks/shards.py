@@ -24,7 +24,7 @@ NAMES = (
     "official_language",
     "country_of_capital",
     "occupation",
-    "continent",
+    "largest_city",
     "native_language",
     "determiner_noun",
     "subject_verb",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -177,8 +178,9 @@ def _attributed(lm: LM, queries: Sequence[Query], settings: dict) -> list[dict]:
 
 def _refused(lm: LM, query: Query) -> str:
     try:
-        tokens.encode(lm, query)
-    except ValueError as error:
+        with warnings.catch_warnings(action="error", category=UserWarning):  # a target that the model cannot write
+            tokens.encode(lm, query)
+    except (ValueError, UserWarning) as error:
         return str(error)
     return ""
 

@@ -105,6 +105,10 @@ def test_a_prompt_that_cannot_be_asked_is_recorded_and_stops_nothing(lm, tmp_pat
     records = lines(sweep.sweep(lm, "attribution", [QUERIES[0], long, QUERIES[1]], {}, tmp_path))
     assert [("failed" in record) for record in records] == [False, True, False]
     assert "the context of tiny-gpt2 is 64" in records[1]["failed"]
+    (strange,) = lines(
+        sweep.sweep(lm, "attribution", [Query("the capital is", "Ouagadougou")], {}, tmp_path / "strange")
+    )
+    assert "'Ouagadougou' is not in the vocabulary of tiny-gpt2" in strange["failed"]
     bad = cases.Case(CASES[0].request, {"reliability": (long,)})
     records = lines(sweep.sweep(lm, "edits", [CASES[0], bad, CASES[1]], {"editor": "context"}, tmp_path))
     assert [bool(record["asked"]) for record in records] == [True, False, True]
