@@ -52,7 +52,8 @@ test: lint  ## lint, unit tests, stored notebooks against fresh runs, the render
 
 smoke: $(STAMP)  ## every notebook, computed anew on the smallest controlled model, in a few minutes
 	rm -rf _build/smoke
-	KNCORE_SCORES=$(CURDIR)/_build/smoke/scores $(PY) -m kncore run --model controlled-gpt2 --out _build/smoke
+	cd notebooks && ls *.ipynb | cut -c 1-2 | sort -r | KNCORE_SCORES=$(CURDIR)/_build/smoke/scores OMP_NUM_THREADS=1 \
+		xargs -n 1 -P $(JOBS) $(CURDIR)/$(PY) -m kncore run --model controlled-gpt2 --out $(CURDIR)/_build/smoke --only
 
 models: $(STAMP)  ## train the controlled models anew (about a quarter of an hour each; SEEDS="0 1 2" for all)
 	for seed in $(SEEDS); do for kind in gpt2 llama bert; do \
