@@ -29,12 +29,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import nbformat  # noqa: E402
 import shards  # noqa: E402
 import torch  # noqa: E402
 from toy import COMPUTE, make_checkout, notebook  # noqa: E402
 
-from kncore import cache, claims, disk, pipeline, stored, sweep  # noqa: E402
+from kncore import cache, claims, disk, pipeline, stats, sweep  # noqa: E402
 
 REAL = ["--model", "controlled-gpt2", "--only", "00"]
 SWEEP = ["attribution", "capital", "official_language", "-n", "120", "--model", "controlled-gpt2"]
@@ -43,19 +42,20 @@ SWEEP = ["attribution", "capital", "official_language", "-n", "120", "--model", 
 @dataclass
 class Told:
     """How often harm was done, and after how many of these: a half-written file was seen (`half`), the harm was said or
-    did nothing (`said`), a plain rerun finished (`again`), with the undisturbed result (`same`)."""
+    did nothing (`said`), a plain rerun finished (`again`), with the undisturbed result (`same`). None: not looked at in
+    that trial."""
 
     tried: int = 0
-    half: int = 0
-    said: int = 0
-    again: int = 0
-    same: int = 0
+    half: int | None = 0
+    said: int | None = 0
+    again: int | None = 0
+    same: int | None = 0
     wrong: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
         """Nothing half-written, nothing unsaid, nothing lost."""
-        return self.half == 0 < self.tried == self.said == self.again == self.same
+        return not self.half and 0 < self.tried and {self.said, self.again, self.same} - {None} == {self.tried}
 
 
 def start(
@@ -162,7 +162,6 @@ def killed(
             process.wait(moment)
         kill(process, whole=bool(i % 2))
         told.tried += 1
-        told.said += 1
         seen = results(*places)
         told.half += any(one not in (before.get(name), want.get(name)) for name, one in seen.items()) or unsealed(here)
         again(told, checkout, here, arguments, places, want)
@@ -190,11 +189,11 @@ def _real(folder: Path) -> tuple[Path, list[str], list[Path]]:
 
 
 def kills_of_a_toy(folder: Path, seed: int = 0) -> Told:
-    return killed(_toy, folder, KILLS[kills_of_a_toy], seed, Told())
+    return killed(_toy, folder, KILLS[kills_of_a_toy], seed, Told(said=None))
 
 
 def kills_of_a_chapter(folder: Path, seed: int = 0) -> Told:
-    return killed(_real, folder, KILLS[kills_of_a_chapter], seed, Told())
+    return killed(_real, folder, KILLS[kills_of_a_chapter], seed, Told(said=None))
 
 
 KILLS = {kills_of_a_toy: 14, kills_of_a_chapter: 6}
@@ -202,7 +201,7 @@ KILLS = {kills_of_a_toy: 14, kills_of_a_chapter: 6}
 
 def kills_of_a_sweep(folder: Path, seed: int = 0) -> Told:
     """The records are those of one sweep; scores computed beside other prompts differ in the last digits."""
-    told, draw = Told(), random.Random(seed)
+    told, draw = Told(said=None), random.Random(seed)
 
     def begun(here: Path) -> subprocess.Popen:
         return start(ROOT, here, *SWEEP, "--out", str(here / "records"), command="sweep")
@@ -220,7 +219,6 @@ def kills_of_a_sweep(folder: Path, seed: int = 0) -> Told:
             process.wait(draw.uniform(took / 4, took))  # before that it reads its modules
         kill(process, whole=True)
         told.tried += 1
-        told.said += 1
         shown = list((here / "records").glob("[!.]*"))
         told.half += bool(shown) and len(sweep.load_records(shown)) != len(want)
         code, said = finished(begun(here))
@@ -271,7 +269,7 @@ def a_disk_that_fills_up(folder: Path, seed: int = 0) -> Told:
 
 def damaged_outputs(folder: Path, seed: int = 0) -> Told:
     """A stored notebook of another run and a record, cut short or with a bit turned: the next run replaces them."""
-    told, draw = Told(), random.Random(seed)
+    told, draw = Told(half=None, said=None), random.Random(seed)
     checkout = toy(folder)
     arguments, places = ["--out", str(folder / "out")], [folder / "out"]
     finished(start(checkout, folder, *arguments))
@@ -282,7 +280,6 @@ def damaged_outputs(folder: Path, seed: int = 0) -> Told:
         raw = path.read_bytes()
         path.write_bytes(raw[: draw.randrange(len(raw))])
         told.tried += 1
-        told.said += 1
         again(told, checkout, folder, arguments, places, want)
     return told
 
@@ -332,7 +329,7 @@ def equal(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> boo
 
 
 def bits_of_stored_scores(folder: Path, seed: int = 0) -> Told:
-    told, draw = Told(), random.Random(seed)
+    told, draw = Told(half=None), random.Random(seed)
     with quiet(folder) as heard:
         want = attributed()
         files = sorted(cache.scores_folder().rglob("*.safetensors"))
@@ -377,7 +374,7 @@ def bits_of_a_converted_model(folder: Path, seed: int = 0) -> Told:
 
 def bits_of_a_record(folder: Path, seed: int = 0) -> Told:
     """A record with a bit turned is refused, or stale; one that reads the same all the same is as good as it was."""
-    told, draw = Told(), random.Random(seed)
+    told, draw = Told(half=None, again=None, same=None), random.Random(seed)
     place = folder / "results" / "controlled-gpt2"
     shutil.copytree(ROOT / "results" / "controlled-gpt2", place)
     records = sorted(place.glob("*.json"))
@@ -390,17 +387,13 @@ def bits_of_a_record(folder: Path, seed: int = 0) -> Told:
             told.said += now == json.loads(raw) or "edited after it was recorded" in claims.stale(now)
         except ValueError as error:
             told.said += str(path) in str(error)
-        disk.write(path, raw)  # what a rerun of the chapter does
-        told.again += 1
-        told.same += next(one for one in claims.read(folder / "results") if one["claim"] == path.stem) == json.loads(
-            raw
-        )
+        disk.write(path, raw)
     return told
 
 
 def cut_notebooks(folder: Path, seed: int = 0) -> Told:
     """A chapter that is cut short is named before anything runs."""
-    told, draw = Told(), random.Random(seed)
+    told, draw = Told(half=None, again=None, same=None), random.Random(seed)
     checkout = toy(folder)
     for _ in range(50):
         path = draw.choice(sorted((checkout / "notebooks").glob("*.ipynb")))
@@ -412,8 +405,6 @@ def cut_notebooks(folder: Path, seed: int = 0) -> Told:
         except ValueError as error:
             told.said += str(path) in str(error)
         path.write_bytes(raw)
-        told.again += len(pipeline.chapters(checkout)) == 2
-        told.same += stored.dumps(nbformat.read(path, as_version=4)).encode().split() == raw.split()
     return told
 
 
@@ -485,7 +476,7 @@ TRIALS: dict[Callable[..., Told], str] = {
     a_disk_that_fills_up: "a disk with room for so many bytes a file: 0, and three numbers up to 4,000",
     a_store_that_cannot_be_written: "a store that is no folder, or without room for the file or for its name",
     damaged_outputs: "a stored notebook or record of the output cut short",
-    cut_notebooks: "a chapter cut short (then restored from git)",
+    cut_notebooks: "a chapter cut short",
     bits_of_stored_scores: "one bit of a stored score turned",
     bits_of_a_converted_model: "one bit of a converted model turned",
     bits_of_a_record: "one bit of a record turned",
@@ -495,10 +486,14 @@ TRIALS: dict[Callable[..., Told], str] = {
 def table(told: dict[str, Told]) -> str:
     rows = ["| What was done | times | half-written files seen | found and said, or harmless | a plain rerun finished |"
             " with the undisturbed result |", "| --- | --: | --: | --: | --: | --: |"]  # fmt: skip
-    rows += [f"| {what} | {t.tried} | {t.half} | {t.said} | {t.again} | {t.same} |" for what, t in told.items()]
-    whole = list(told.values())
-    count = {name: sum(getattr(one, name) for one in whole) for name in ("tried", "half", "said", "again", "same")}
-    rows.append(f"| **all** | {' | '.join(f'{n:,}' for n in count.values())} |")
+    columns = ("tried", "half", "said", "again", "same")
+    counts = {what: [getattr(one, name) for name in columns] for what, one in told.items()}
+    counts["**all**"] = [sum(n or 0 for n in column) for column in zip(*counts.values(), strict=True)]
+    for what, row in counts.items():
+        rows.append(f"| {what} | {' | '.join('–' if n is None else f'{n:,}' for n in row)} |")
+    kills = [told[TRIALS[trial]] for trial in (kills_of_a_toy, kills_of_a_chapter, kills_of_a_sweep)]
+    back = stats.share([i < one.same for one in kills for i in range(one.tried)])
+    rows += ["", f"Share of kills after which the undisturbed result came back: {back} (Wilson's interval)."]
     return "\n".join(rows) + "\n"
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import kncore
-from kncore import arch, attribution, tokens
+from kncore import arch, attribution, stats, tokens
 from kncore.models import LM
 from kncore.pipeline import write
 from kncore.replay import Change, capture, replay
@@ -132,24 +132,24 @@ def standard(prompts: int) -> tuple[Standard, str]:
     ends = 1 + (each / attribution.PANEL_NODES - 1) / attribution.SPLIT * (attribution.SPLIT - 1)
     length = sum(len(tokens.encode(lm, query).ids) for query in queries) / len(queries)
     gflop = work(size(lm.model.config), length, float(each), float(ends))
-    seconds.sort()
-    typical = seconds[len(seconds) // 2]
+    took = stats.mean(seconds)
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 if sys.platform == "darwin" else 2**-10)
     block, head = held(lm.model.config, round(length))
     first = TOGETHER * attribution.PANEL_NODES  # rows of each block in the first pass, which is the largest
     foretold = 2 * first * sum((k + 1) * block + head for k in range(len(lm.blocks)))
     told = (
         f"{len(queries)} facts on {lm.name} ({torch.get_num_threads()} thread(s), float32): {length:.1f} tokens,\n"
-        f"{each:.1f} nodes a block and {typical:.2g} s a prompt in the middle, {gflop / typical:.0f} GFLOP/s.\n"
+        f"{each:.1f} nodes a block; seconds a prompt {took} calls of {TOGETHER} prompts;\n"
+        f"{gflop / took.value:.0f} GFLOP/s.\n"
         f"Check of the memory: counted as below, a pass of {TOGETHER} prompts keeps {foretold / 2**30:.2f} GiB; the "
         f"process grew by {more / 2**30:.2f} GiB"
     )
-    return Standard(length, float(each), float(ends), gflop / typical), told
+    return Standard(length, float(each), float(ends), gflop / took.value), told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=30, help="to time here")
+    parser.add_argument("--prompts", type=int, default=60, help="to time here")
     parser.add_argument("--out", type=Path, help="file to write the table to")
     args = parser.parse_args()
     here, told = standard(args.prompts)

@@ -27,7 +27,8 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from kncore import disk, models, stored
+from kncore import models, stored
+from kncore.disk import write
 
 EPOCH = "1714694400"  # the day the paper appeared; figures and pages carry it instead of the time of the run
 TIMEOUT = 3600
@@ -436,11 +437,6 @@ def _quiet_papermill() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def write(path: Path, text: str) -> Path:
-    """Write text whole or not at all; the path."""
-    return disk.write(path, text)
-
-
 def _drop_copies(results: Path, before: Path) -> None:
     """Leave only what a run wrote: what it was given would overwrite records that another run made in the meantime."""
     for path in [path for path in results.rglob("*") if path.is_file()]:
@@ -455,4 +451,4 @@ def move(source: Path, target: Path) -> None:
         place = target / path.relative_to(source)
         if place.is_file() and place.read_bytes() == path.read_bytes():
             continue
-        disk.write(place, path.read_bytes())
+        write(place, path.read_bytes())
