@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import hashlib
 import random
@@ -42,6 +43,10 @@ class Long(NamedTuple):
 def memory() -> float:
     """MiB that the process holds now (where the system does not tell: the most that it held)."""
     gc.collect()
+    # What is freed may stay with the allocator: up to some hundred MiB, more or less from one moment to the next.
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back:
+        give_back(0)
     now = Path("/proc/self/statm")
     if now.is_file():
         return int(now.read_text().split()[1]) * resource.getpagesize() / 2**20

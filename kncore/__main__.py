@@ -6,9 +6,12 @@ import argparse
 import errno
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # what accelerate can work out by itself
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--model", help="a known name, a hub name or a local folder (default: the default model)")
     sweep.add_argument("--device", help="e.g. cuda (default: $KNCORE_DEVICE, else PyTorch's)")
     sweep.add_argument("--dtype", help="e.g. bfloat16 (default: $KNCORE_DTYPE, else float32)")
-    sweep.add_argument("--device-map", help="e.g. auto: spread a model larger than memory")
+    sweep.add_argument("--device-map", choices=MAPS, help="e.g. auto: spread a model larger than memory")
     sweep.add_argument("--source", default="own", help="own, public, or a folder with the public data")
     sweep.add_argument("--queries", type=Path, help="prompts of one's own instead of names: JSON lines")
     sweep.add_argument("-n", type=_count, help="at most so many prompts (or cases) of each name")
@@ -119,12 +122,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "exit_code"):
             print(f"kncore: {_line(told) if error.exit_code == 2 else told}", file=sys.stderr)
             return error.exit_code
-        print(f"kncore: {_line(told)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | TypeError) or getattr(error, "errno", None) in PATH else 1
+        if isinstance(error, OSError) or _meant(error):
+            print(f"kncore: {_line(told)}", file=sys.stderr)
+            return 2 if not isinstance(error, OSError) or error.errno in PATH else 1
+        fault = "not foreseen: most likely a fault of kncore; --debug shows where"
+        print(f"kncore: {type(error).__name__}: {_line(told)} ({fault})", file=sys.stderr)
+        return 1
 
 
 # What says that a path that was given is none; other errors of the system come up on the way.
 PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+
+def _meant(error: Exception) -> bool:
+    """Whether it is an answer: a ValueError or TypeError that a line of this package raises, and not one on the way."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(where.filename).parent == Path(__file__).parent and (where.line or "").startswith("raise ")
+    return ours and isinstance(error, ValueError | TypeError)
 
 
 def _line(text: str) -> str:
@@ -190,6 +204,8 @@ def _sweep(options: argparse.Namespace) -> Path:
         raise pipeline.UsageError(f"edits take an editor ({known}), and no quadrature or steps")
     if options.queries and options.names:
         raise pipeline.UsageError("give names of relations and phenomena or --queries, not both")
+    if options.out.exists() and not options.out.is_dir():
+        raise pipeline.UsageError(f"--out {options.out} is a file; give a folder for the records")
     items = sweep.read_queries(options.queries, options.kind) if options.queries else None
     where = {"device": options.device, "dtype": options.dtype, "device_map": options.device_map}
     lm = models.load(options.model or models.DEFAULT, **where)

@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,7 +27,7 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from kncore import models, stored
+from kncore import attribution, models, stored
 from kncore.disk import write
 
 EPOCH = "1714694400"  # the day the paper appeared; figures and pages carry it instead of the time of the run
@@ -39,7 +39,6 @@ BESIDE = (
     "minilm-mlm",
 )  # models that `book` runs beside the notebooks' own
 ALIVE = ".alive"  # locked as long as the run lives that a scratch folder belongs to
-QUADRATURES = ("gauss", "riemann", "left", "trapezoid")
 Scalar = str | int | float | bool | None
 
 
@@ -155,25 +154,25 @@ def _unfit(name: str, value: Scalar) -> str:
     if not isinstance(value, str):
         return "" if isinstance(value, bool) or (value is not None and math.isfinite(value)) else "a finite value"
     if name == "model":
-        return _no_model(value)
+        return _refused("a model", models.check, value)
     if name == "models":
-        return next(filter(None, (_no_model(one) for one in value.split(","))), "")
+        return next(filter(None, (_refused("a model", models.check, one) for one in value.split(","))), "")
     if name == "source":
         return "" if value in ("own", "public") or models.local(value) else "own, public, or a folder that exists"
     if name == "corpus":
         return "" if not value or models.local(value) else "nothing, or a folder that exists, with .txt files"
     if name == "quadrature":
-        return "" if value in QUADRATURES else f"one of {', '.join(QUADRATURES)}"
+        return _refused("a quadrature", attribution.rule, value, 2)
     if name == "sweep":
         return "" if re.fullmatch(r"\d{1,4}(,\d{1,4})*", value) else "whole numbers with commas between, e.g. 0,1,3"
     return ""
 
 
-def _no_model(name: str) -> str:
+def _refused(what: str, check: Callable[..., object], *given: object) -> str:
     try:
-        models.check(name)
+        check(*given)
     except ValueError as error:
-        return f"a model ({error})"
+        return f"{what} ({error})"
     return ""
 
 

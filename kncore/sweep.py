@@ -7,6 +7,7 @@ come, so that a shard that was stopped goes on where it was; a shard's file appe
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ def asked(
     """The prompts of a sweep of attribution, or the cases of one of edits: at most `n` of each of `names`.
 
     `names` are relations and phenomena (default: those of the chapters); `source` is "own", "public" (ParaRel, BLiMP
-    and CounterFact, fetched) or a folder with the public data. Raises ValueError for an unknown name.
+    and CounterFact, fetched) or a folder with the public data. Raises UsageError or ValueError for an unknown name.
     """
     path = None if source == "public" else source
     form = "masked" if lm.spec.masked else "causal"
@@ -52,13 +53,22 @@ def asked(
             draw = {"field_of_work": cases.synonymy, "agreement": cases.agreement}.get(name)
             some = draw(seed=seed) if draw else cases.bijective(name, seed=seed)
         elif source != "own":
-            some = public.pararel(name, path, form) if re.fullmatch(r"P\d+", name) else public.blimp(name, path, form)
+            some = _public(name, path, form)
         elif name in grammar.phenomena():
             some = grammar.minimal_pairs(name, seed=seed, form=form)
         else:
             some = tasks.facts(name, seed=seed)
         out += some[:n]
     return out
+
+
+def _public(name: str, path: str | None, form: str) -> list[Query]:
+    if re.fullmatch(r"P\d+", name):
+        return public.pararel(name, path, form)
+    if name not in public.paradigms():
+        near = ", ".join(difflib.get_close_matches(name, public.paradigms(), 3)) or "determiner_noun_agreement_1"
+        raise UsageError(f"{name!r} is neither a relation of ParaRel, e.g. P36, nor a paradigm of BLiMP, e.g. {near}")
+    return public.blimp(name, path, form)
 
 
 def _names(kind: str, source: str) -> Sequence[str]:

@@ -155,6 +155,8 @@ def test_a_command_is_done_or_answered_in_one_line(typed, command, rest):
         (["run", "--model", "notebooks"], "has no config.json"),
         (["fetch", "owner/name@" + "0" * 39], "all 40 digits"),
         (["sweep", "edits", "--editor", "none", "--out", "o"], "rome"),
+        (["sweep", "attribution", "--out", "notebooks/01-toy.ipynb"], "give a folder"),
+        (["sweep", "attribution", "--device-map", "gpu", "--out", "o"], "sequential"),
         (["frobnicate"], "choose from"),
         ([], "--help"),
     ],
@@ -167,6 +169,13 @@ def test_the_answer_names_a_remedy(typed, arguments, remedy):
 def test_a_traceback_is_shown_to_those_who_ask_for_it(typed):
     with pytest.raises(pipeline.UsageError):
         typed(["run", "--debug", "-p", "n=0"])
+
+
+@pytest.mark.parametrize("broken", [lambda *_: int("a fault"), lambda *_: 1 + "1", lambda *_: [][0]])
+def test_a_fault_of_ours_is_not_called_wrong_input(typed, monkeypatch, broken):
+    monkeypatch.setattr(pipeline, "find_root", broken)
+    code, said = typed(["run"])
+    assert code == 1 and "a fault of kncore" in said and "--debug" in said and said.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------- parameters

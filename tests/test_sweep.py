@@ -195,6 +195,8 @@ def test_own_facts_grammars_and_cases_are_swept_by_name():
     assert {case.request.task for case in sweep.asked(lm, "edits", n=1)} >= {"capital", "field_of_work"}
     with pytest.raises(ValueError, match="unknown relation 'captial'.*capital"):
         sweep.asked(lm, "attribution", ["captial"])
+    with pytest.raises(UsageError, match="'npi_presnt_1' is neither a relation of ParaRel.* npi_present_1"):
+        sweep.asked(lm, "attribution", ["npi_presnt_1"], "public")
 
 
 def test_public_data_are_swept_by_name(data_folder):
