@@ -196,9 +196,6 @@ def kills_of_a_chapter(folder: Path, seed: int = 0) -> Told:
     return killed(_real, folder, KILLS[kills_of_a_chapter], seed, Told(said=None))
 
 
-KILLS = {kills_of_a_toy: 14, kills_of_a_chapter: 6}
-
-
 def kills_of_a_sweep(folder: Path, seed: int = 0) -> Told:
     """The records are those of one sweep; scores computed beside other prompts differ in the last digits."""
     told, draw = Told(said=None), random.Random(seed)
@@ -212,7 +209,7 @@ def kills_of_a_sweep(folder: Path, seed: int = 0) -> Told:
     if code:
         raise RuntimeError(f"the undisturbed sweep failed: {said}")
     want = sweep.load_records([folder / "whole" / "records"])
-    for i in range(5):
+    for i in range(KILLS[kills_of_a_sweep]):
         here = folder / f"killed-{i}"
         process = begun(here)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -226,6 +223,52 @@ def kills_of_a_sweep(folder: Path, seed: int = 0) -> Told:
         told.same += shards.apart(sweep.load_records([here / "records"]), want) < 1e-4
         told.half += len(list((here / "records").iterdir())) != 1
     return told
+
+
+def _site(here: Path) -> tuple[Path, Path]:
+    """A checkout with two chapters and what their pages need; the folder with pages of an earlier book."""
+    checkout = make_checkout(here / "toy", n01_first=notebook("print(model, n)"), n02_second=notebook("n"))
+    shutil.copy(ROOT / "_config.yml", checkout)
+    shutil.copytree(ROOT / "book" / "assets", checkout / "book" / "assets")
+    shutil.copy(ROOT / "book" / "references.bib", checkout / "book")
+    pipeline.write(checkout / "book" / "index.md", "# Toy\n\nA book.\n")
+    chapters = "[{file: notebooks/01-first}, {file: notebooks/02-second}]"
+    toc = f"format: jb-book\nroot: book/index\nparts: [{{caption: Claims, chapters: {chapters}}}]\n"
+    pipeline.write(checkout / "_toc.yml", toc)
+    return checkout, pipeline.write(checkout / "_build" / "html" / "index.html", "earlier").parent
+
+
+def kills_of_a_book(folder: Path, seed: int = 0) -> Told:
+    """The earlier pages stay whole until all of the new ones take their place, and tracked files are only read."""
+    told, draw = Told(said=None), random.Random(seed)
+    checkout, pages = _site(folder / "whole")
+    begun = time.monotonic()
+    code, said = finished(start(checkout, folder / "whole", command="book"))
+    took, want = time.monotonic() - begun, results(pages)
+    if code:
+        raise RuntimeError(f"the undisturbed book failed: {said}")
+    noted = checkout / "_build" / "staging" / "results"  # how long the runs took, which pages tell and a book keeps
+    for i in range(KILLS[kills_of_a_book]):
+        here = folder / f"killed-{i}"
+        checkout, pages = _site(here)
+        shutil.copytree(noted, checkout / "results")
+        places = [checkout / "notebooks", checkout / "book"]
+        earlier, tracked = results(pages), results(*places)
+        process = start(checkout, here, command="book")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(took * draw.uniform(i, i + 1) / KILLS[kills_of_a_book])
+        kill(process, whole=True)
+        told.tried += 1
+        told.half += results(pages) not in (earlier, want) or results(*places) != tracked
+        code, said = finished(start(checkout, here, command="book"))
+        told.again += code == 0
+        told.same += results(pages) == want and results(*places) == tracked
+        if code or results(pages) != want:
+            told.wrong.append(said.strip() or "other pages")
+    return told
+
+
+KILLS = {kills_of_a_toy: 14, kills_of_a_chapter: 6, kills_of_a_sweep: 5, kills_of_a_book: 3}
 
 
 def two_runs_on_one_output(folder: Path, seed: int = 0) -> Told:
@@ -472,6 +515,7 @@ TRIALS: dict[Callable[..., Told], str] = {
     kills_of_a_toy: "SIGKILL at a random moment of `python -m kncore run`, two chapters without a model",
     kills_of_a_chapter: f"SIGKILL at a random moment of `python -m kncore run {' '.join(REAL)}`, an empty store",
     kills_of_a_sweep: "SIGKILL at a random moment of `python -m kncore sweep`, facts on a small model",
+    kills_of_a_book: "SIGKILL in each third of `python -m kncore book`, chapters without a model",
     two_runs_on_one_output: "two runs at once on one output",
     a_disk_that_fills_up: "a disk with room for so many bytes a file: 0, and three numbers up to 4,000",
     a_store_that_cannot_be_written: "a store that is no folder, or without room for the file or for its name",
@@ -491,7 +535,7 @@ def table(told: dict[str, Told]) -> str:
     counts["**all**"] = [sum(n or 0 for n in column) for column in zip(*counts.values(), strict=True)]
     for what, row in counts.items():
         rows.append(f"| {what} | {' | '.join('–' if n is None else f'{n:,}' for n in row)} |")
-    kills = [told[TRIALS[trial]] for trial in (kills_of_a_toy, kills_of_a_chapter, kills_of_a_sweep)]
+    kills = [told[TRIALS[trial]] for trial in KILLS]
     back = stats.share([i < one.same for one in kills for i in range(one.tried)])
     rows += ["", f"Share of kills after which the undisturbed result came back: {back} (Wilson's interval)."]
     return "\n".join(rows) + "\n"

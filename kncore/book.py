@@ -44,6 +44,9 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     more is left out. Raises RunError where a notebook fails or the build warns; the log is in _build/book.log and the
     pages that stood in _build/html before stay.
     """
+    target, old = root / "_build" / "html", root / "_build" / "html.old"
+    if old.exists() and not target.exists():  # a run was killed between the two moves below
+        os.replace(old, target)
     staging = stage(root)
     if execute:
         from kncore import claims
@@ -66,7 +69,6 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
             source.write_bytes(notebook)
     shutil.copytree(site, built, dirs_exist_ok=True)
     finish(built)
-    target, old = root / "_build" / "html", root / "_build" / "html.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.replace(target, old)
@@ -93,14 +95,14 @@ def pdf(root: Path) -> Path:
     text = (built / "book" / "index.html").read_text(encoding="utf-8")
     text = re.sub(r'(<a [^>]*)href="(?!https?:|mailto:|#)[^"#]*(#[^"]*)?"', r'\1href="\2"', text)
     page = write(built / "book.html", re.sub(r'(<a [^>]*)href=""', r"\1", text))
-    target = root / "_build" / "book.pdf"
-    target.unlink(missing_ok=True)
+    printed, target = built / "book.pdf", root / "_build" / "book.pdf"
     command = [browser, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run", "--no-pdf-header-footer"]
     with tempfile.TemporaryDirectory() as profile:
-        command += [f"--user-data-dir={profile}", "--virtual-time-budget=60000", f"--print-to-pdf={target}"]
+        command += [f"--user-data-dir={profile}", "--virtual-time-budget=60000", f"--print-to-pdf={printed}"]
         done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=False)
-    if done.returncode or not target.is_file():
+    if done.returncode or not printed.is_file():
         raise RunError(f"{browser} printed nothing: {done.stderr.strip()[-500:]}")
+    os.replace(printed, target)
     return target
 
 

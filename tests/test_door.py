@@ -356,6 +356,7 @@ def test_what_is_printed_leads_nowhere_on_this_machine(root, monkeypatch):
     prints = False
     with pytest.raises(pipeline.RunError, match="no display"):
         book.pdf(root)
+    assert (root / "_build" / "book.pdf").read_text() == "%PDF", "the earlier one is lost"
     monkeypatch.setattr(book.shutil, "which", lambda name: None)
     with pytest.raises(pipeline.UsageError, match="chromium"):
         book.pdf(root)

@@ -207,6 +207,15 @@ def test_the_book_keeps_the_dates_of_unchanged_records_and_no_claim_that_is_no_l
     assert [row[-1].get_text() for row in rows] == ["2020-02-02", today, "2020-02-02"]
 
 
+def test_pages_that_a_killed_run_had_put_aside_come_back(toy, monkeypatch):
+    pipeline.write(toy / "_build" / "html.old" / "index.html", "earlier")
+    monkeypatch.setattr(book, "stage", lambda *_: pytest.fail("the book does not build"))
+    with pytest.raises(pytest.fail.Exception):
+        book.book(toy, execute=False)
+    assert (toy / "_build" / "html" / "index.html").read_text() == "earlier"
+    assert not (toy / "_build" / "html.old").exists()
+
+
 def test_pages_keep_the_place_of_pictures_and_name_their_toggles(tmp_path):
     (tmp_path / "_static").mkdir()
     (tmp_path / "_static" / "part.html").write_text("<th></th>")
