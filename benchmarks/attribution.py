@@ -10,6 +10,7 @@ import argparse
 import importlib
 import platform
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -254,7 +255,8 @@ def errors(lm: LM, query: Query) -> tuple[list[list[str]], float, Tensor]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = [":--", ":--", *["--:"] * (len(header) - 2)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
+    text = "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
+    return re.sub(r"(?<=\de)-(?=\d)", "\u2011", text)  # a hyphen at which no browser breaks a line
 
 
 def machine() -> str:
