@@ -16,10 +16,11 @@ def lm():
     return models.load("controlled-gpt2")
 
 
-LIMIT = 10  # MiB; undisturbed it is 1
+EXACT = Path("/proc/self/statm").is_file()  # elsewhere the system tells only the most that was ever held
+LIMIT = 10 if EXACT else 300  # MiB; undisturbed it grows by less than 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the system tells only the most that was held")
+@pytest.mark.skipif(not EXACT, reason="the system tells only the most that was held")
 def test_the_measure_sees_what_is_held_and_not_what_was_freed():
     before = long.memory()
     held = [torch.ones(2**18) for _ in range(2 * LIMIT)]  # 1 MiB each
