@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import re
 import sys
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+NAME = "a known name, a hub name or a local folder"
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # what accelerate can work out by itself
 
 
@@ -27,10 +29,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
 
     run = commands.add_parser("run", parents=[debug], help="run notebooks; each is stored only when it succeeded")
-    run.add_argument("--model", help="a known name, a hub name or a local folder (default: the notebooks' own)")
-    run.add_argument("--only", default="", help="chapters by number or name, e.g. 01,03")
+    run.add_argument(
+        "--model", type=_given, help="a known name, a hub name or a local folder (default: the notebooks' own)"
+    )
+    run.add_argument("--only", type=_names, default=[], metavar="NAMES", help="chapters by number or name, e.g. 01,03")
     run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
-    run.add_argument("--out", type=Path, help="folder for the notebooks and, below it, results/")
+    run.add_argument("--out", type=_path, help="folder for the notebooks and, below it, results/")
     run.add_argument("--timeout", type=_seconds, default=3600, help="seconds a cell may take (default 3600)")
 
     book = commands.add_parser("book", parents=[debug], help="run all notebooks and render the book into _build/html")
@@ -43,12 +47,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("kind", choices=("attribution", "edits"))
     sweep.add_argument("names", nargs="*", help="relations and phenomena (default: those of the chapters)")
-    sweep.add_argument("--model", help="a known name, a hub name or a local folder (default: the default model)")
+    sweep.add_argument(
+        "--model", type=_given, help="a known name, a hub name or a local folder (default: the default model)"
+    )
     sweep.add_argument("--device", help="e.g. cuda (default: $KNCORE_DEVICE, else PyTorch's)")
     sweep.add_argument("--dtype", help="e.g. bfloat16 (default: $KNCORE_DTYPE, else float32)")
     sweep.add_argument("--device-map", choices=MAPS, help="e.g. auto: spread a model larger than memory")
     sweep.add_argument("--source", default="own", help="own, public, or a folder with the public data")
-    sweep.add_argument("--queries", type=Path, help="prompts of one's own instead of names: JSON lines")
+    sweep.add_argument("--queries", type=_path, help="prompts of one's own instead of names: JSON lines")
     sweep.add_argument("-n", type=_count, help="at most so many prompts (or cases) of each name")
     sweep.add_argument("--seed", type=_seed, default=0)
     sweep.add_argument("--editor", default="rome", help="of edits (default rome)")
@@ -57,20 +63,34 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="K/N", help="the K-th of N ranges of the prompts"
     )
-    sweep.add_argument("--out", type=Path, required=True, help="folder for the records")
+    sweep.add_argument("--out", type=_path, required=True, help="folder for the records")
     merge = commands.add_parser("merge", parents=[debug], help="the records of a sweep's shards in one file")
-    merge.add_argument("files", nargs="+", type=Path, help="the shards' .jsonl files, or folders of them")
-    merge.add_argument("--out", type=Path, required=True, help="the file to write")
+    merge.add_argument("files", nargs="+", type=_path, help="the shards' .jsonl files, or folders of them")
+    merge.add_argument("--out", type=_path, required=True, help="the file to write")
 
     fetch = commands.add_parser(
         "fetch", parents=[debug], help="download a model and convert it, so that later loads need no network"
     )
-    fetch.add_argument("name", nargs="?", help="a known name or a hub name (default: the default model)")
+    fetch.add_argument("name", nargs="?", type=_given, help="a known name or a hub name (default: the default model)")
     cache = commands.add_parser("cache", parents=[debug], help="what the caches hold; --prune makes room")
     cache.add_argument("--prune", action="store_true", help="remove leftovers, and what was unused longest")
     cache.add_argument("--limit", type=_bytes, metavar="SIZE", help="what may stay, e.g. 500MB (default 2GB)")
     commands.add_parser("readme", parents=[debug], help="make the table of claims in README.md anew from results/")
     return top
+
+
+def _given(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is nothing that can be named; leave the option out, or name one")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_given(text))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in _given(text.strip(", ")).split(",") if name.strip()]
 
 
 def _seconds(text: str) -> int:
@@ -108,8 +128,15 @@ def _shard(text: str) -> tuple[int, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 = done, 1 = it failed, 2 = it was not understood."""
     options = parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have the letters of a path
     try:
-        return _command(options)
+        code = _command(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read what is printed, as `head` does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         if options.debug:
             raise
@@ -123,8 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"kncore: {_line(told) if error.exit_code == 2 else told}", file=sys.stderr)
             return error.exit_code
         if isinstance(error, OSError) or _meant(error):
-            print(f"kncore: {_line(told)}", file=sys.stderr)
+            remedy = REMEDIES.get(error.errno if isinstance(error, OSError) and error.filename else None, "")
+            print(f"kncore: {_line(told)}{remedy}", file=sys.stderr)
             return 2 if not isinstance(error, OSError) or error.errno in PATH else 1
+        from kncore import models
+
+        if models.ran_out(error):
+            print(f"kncore: memory ran out ({_line(told)}){MEMORY}", file=sys.stderr)
+            return 1
         fault = "not foreseen: most likely a fault of kncore; --debug shows where"
         print(f"kncore: {type(error).__name__}: {_line(told)} ({fault})", file=sys.stderr)
         return 1
@@ -132,6 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # What says that a path that was given is none; other errors of the system come up on the way.
 PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+REMEDIES = {
+    **dict.fromkeys(PATH, "; give another path"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; make it writable, or give another path"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space (python -m kncore cache --prune)"),
+}
+MEMORY = "; take a smaller model, fewer --steps, --dtype bfloat16, or --device-map auto"
 
 
 def _meant(error: Exception) -> bool:
@@ -165,11 +204,10 @@ def _command(options: argparse.Namespace) -> int:
 
     root = pipeline.find_root()
     if options.command == "run":
-        only = [name.strip() for name in options.only.split(",") if name.strip()]
         written = pipeline.run(
             root,
             model=options.model,
-            only=only,
+            only=options.only,
             parameters=pipeline.parse_parameters(options.parameters),
             out=options.out and options.out.resolve(),
             timeout=options.timeout,
@@ -204,8 +242,7 @@ def _sweep(options: argparse.Namespace) -> Path:
         raise pipeline.UsageError(f"edits take an editor ({known}), and no quadrature or steps")
     if options.queries and options.names:
         raise pipeline.UsageError("give names of relations and phenomena or --queries, not both")
-    if options.out.exists() and not options.out.is_dir():
-        raise pipeline.UsageError(f"--out {options.out} is a file; give a folder for the records")
+    pipeline.folder_for(options.out)
     items = sweep.read_queries(options.queries, options.kind) if options.queries else None
     where = {"device": options.device, "dtype": options.dtype, "device_map": options.device_map}
     lm = models.load(options.model or models.DEFAULT, **where)

@@ -611,7 +611,7 @@ def _stands(path: Path, told: Mapping) -> bool:
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         return old["checksum"] == checksum(old) and checksum({**old, "date": ""}) == checksum({**told, "date": ""})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -659,7 +659,7 @@ def read(results: Path) -> list[Mapping]:
             VERDICTS.index(told["verdict"])
             if path != results / _place(told):
                 raise ValueError(f"its place is {_place(told).as_posix()}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a record of a declared claim ({type(error).__name__}: {error}); make it anew with "
                 "`make notebooks`, or delete it"

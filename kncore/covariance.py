@@ -53,15 +53,7 @@ def covariance(
 
 def _read(lm: LM, source: str) -> list[list[int]]:
     """Token ids of the passages, or of a folder's text, in pieces of at most LENGTH and of what the model can read."""
-    if source == "text":
-        texts = words.passages()
-    else:
-        paths = sorted(Path(source).rglob("*.txt"))
-        if not paths:
-            raise FileNotFoundError(
-                f"no .txt file in {source!r}; name a folder of text, or use 'samples', 'text' or 'identity'"
-            )
-        texts = [path.read_text(encoding="utf-8") for path in paths]
+    texts = words.passages() if source == "text" else words.texts(source, "'samples', 'text' or 'identity'")
     whole = [lm.tokenizer(text, add_special_tokens=lm.spec.masked, truncation=False)["input_ids"] for text in texts]
     length = _length(lm)
     return [piece for ids in whole for i in range(0, len(ids), length) if len(piece := ids[i : i + length]) > 1]

@@ -130,7 +130,7 @@ def damage(folder: Path) -> str:
             seal(folder)
         except OSError:
             pass
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return f"{SEAL} cannot be read"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ class Shipped:
 HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*@[0-9a-f]{40}", re.ASCII)
 SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = "smollm2-135m"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 REGISTRY: dict[str, Wheel | Shipped | Hub] = {
     "smollm2-135m": Wheel(
@@ -165,11 +167,11 @@ def load(
     pass. Such a model can be captured, suppressed, asked and attributed, but its weights are not edited.
 
     Raises ValueError for an unsupported family, a checkpoint without a language-model head or with weights missing,
-    an unknown name, and a device that there is not; OSError where the files cannot be had.
+    an unknown name, and a device or dtype that there is not; OSError where the files cannot be had.
     """
     if device is not None and device_map is not None:
         raise ValueError(f"give a device ({device}) or a device map, not both")
-    device, dtype = None if device_map else _device(device), _dtype(dtype)
+    device, dtype = place("cpu" if device_map else device, dtype)
     source = str(name_or_path)
     kwargs = {}
     if isinstance(REGISTRY.get(source), (Wheel, Shipped)):
@@ -183,27 +185,40 @@ def load(
         # Only weights that are not in the checkpoint as the model has them are written there.
         kwargs |= {"device_map": device_map, "offload_folder": cache_folder() / "offload" / f"{revision}-{dtype}"}
     model, tokenizer, spec = _from_pretrained(folder, dtype, **kwargs)
-    (model if device is None else model.to(device)).eval().requires_grad_(False)
+    (model if device_map else model.to(device)).eval().requires_grad_(False)
     return LM(source, revision, model, tokenizer, spec, _state(model))
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    wanted = device or os.environ.get("KNCORE_DEVICE") or torch.get_default_device()
+def place(
+    device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype that `load` takes for what it was given; ValueError where it cannot be had here.
+
+    The device is asked for and not used: where each has one process only, it stays free for the one that computes.
+    """
+    wanted = device if device is not None else os.environ.get("KNCORE_DEVICE") or torch.get_default_device()
     try:
         found = torch.device(wanted)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        reason = (str(error).splitlines() or [""])[0]
+        kind = getattr(torch, found.type, None)
+        seen = kind.device_count() if hasattr(kind, "device_count") and kind.is_available() else 0
+    except (RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        reason = "expected a name such as 'cuda:0'" if isinstance(error, TypeError) else reason
         raise ValueError(f"device {str(wanted)!r} cannot be used here: {reason}. 'cpu' always can") from error
-    return found
+    if found.type != "cpu" and (found.index or 0) >= seen:
+        raise ValueError(f"device {str(wanted)!r} cannot be used here: PyTorch sees {seen} of them. 'cpu' always can")
+
+    asked = dtype if dtype is not None else os.environ.get("KNCORE_DTYPE") or torch.float32
+    numbers = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if numbers not in DTYPES:
+        known = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise ValueError(f"dtype {str(asked)!r} cannot be used: a model is computed in one of {known}")
+    return found, numbers
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    dtype = dtype or os.environ.get("KNCORE_DTYPE")
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype {dtype!r} is not a floating-point dtype; use e.g. 'float32', 'bfloat16', 'float16'")
-    return found
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: of Python, of a device, or of PyTorch on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _hub(source: str) -> Hub:
@@ -234,7 +249,7 @@ def check(name: str) -> None:
             raise ValueError(f"{str(folder)!r} is not a model folder: it has no config.json")
         try:
             arch.spec_for(str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{str(folder)!r} is not a model folder: config.json: {error}") from error
     elif name not in REGISTRY:
         _hub(name)
@@ -245,24 +260,16 @@ def _from_pretrained(folder, dtype: torch.dtype, device_map=None, offload_folder
 
     kwargs["trust_remote_code"] = False
     places = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
-    try:
+    remedy = "get an intact copy of it" if device_map is None else "check the device map, or get an intact copy"
+    with _understood(folder, remedy):
         config = transformers.AutoConfig.from_pretrained(folder, **kwargs)
-        spec = arch.spec_for(config.model_type)
-        auto = transformers.AutoModelForMaskedLM if spec.masked else transformers.AutoModelForCausalLM
-        with _quiet(transformers):
-            model, info = auto.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **places, **kwargs
-            )
+    spec = arch.spec_for(config.model_type)
+    auto = transformers.AutoModelForMaskedLM if spec.masked else transformers.AutoModelForCausalLM
+    with _understood(folder, remedy), _quiet(transformers):
+        model, info = auto.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **places, **kwargs
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kwargs)
-    except (OSError, SafetensorError) as error:
-        raise _absent(str(folder), error) from error
-    except (ValueError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers has no error of its own for a file that it cannot understand
-        told = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"transformers cannot load {str(folder)!r} ({type(error).__name__}: {told}); get an intact copy of it"
-        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -275,6 +282,22 @@ def _from_pretrained(folder, dtype: torch.dtype, device_map=None, offload_folder
     if spec.masked and tokenizer.mask_token is None:
         raise ValueError(f"{str(folder)!r} is a masked language model, but its tokenizer has no mask token")
     return model, tokenizer, spec
+
+
+@contextlib.contextmanager
+def _understood(folder, remedy: str) -> Iterator[None]:
+    """Context that says what could not be loaded, and what to do; transformers has no error of its own for it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _absent(str(folder), error) from error
+    except Exception as error:
+        if ran_out(error):
+            raise
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"transformers cannot load {str(folder)!r} ({type(error).__name__}: {told}); {remedy}"
+        ) from error
 
 
 class _quiet:

@@ -27,7 +27,7 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from kncore import attribution, models, stored
+from kncore import attribution, cases, models, stored
 from kncore.disk import write
 
 EPOCH = "1714694400"  # the day the paper appeared; figures and pages carry it instead of the time of the run
@@ -39,6 +39,12 @@ BESIDE = (
     "minilm-mlm",
 )  # models that `book` runs beside the notebooks' own
 ALIVE = ".alive"  # locked as long as the run lives that a scratch folder belongs to
+NAMED = {  # what the text of a parameter may be
+    "subject": lambda: {case.request.subject for case in cases.bijective("capital")},
+    "new": lambda: {case.request.target for case in cases.bijective("capital")},
+    "scholar": cases.scholars,
+    "field": cases.synonyms,
+}
 Scalar = str | int | float | bool | None
 
 
@@ -116,7 +122,7 @@ def parse_parameters(pairs: Sequence[str]) -> dict[str, Scalar]:
         if not equals or not name.isidentifier():
             raise UsageError(f"-p {pair}: expected name=value")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.safe_load(text) if text else ""
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date with 13 months is a ValueError
             raise UsageError(
                 f"-p {pair[:200]}: expected name=value with a number, true, false, null or text"
@@ -165,6 +171,10 @@ def _unfit(name: str, value: Scalar) -> str:
         return _refused("a quadrature", attribution.rule, value, 2)
     if name == "sweep":
         return "" if re.fullmatch(r"\d{1,4}(,\d{1,4})*", value) else "whole numbers with commas between, e.g. 0,1,3"
+    if name in NAMED:
+        known = sorted(NAMED[name]())
+        close = difflib.get_close_matches(value, known, 3) or known[:3]
+        return "" if value in known else f"one of {len(known)} that are known, such as {', '.join(close)}"
     return ""
 
 
@@ -183,6 +193,17 @@ def slug(model: str) -> str:
     if name in ("", ".", ".."):
         raise UsageError(f"the model {model!r} has no name to put its runs under; give a folder that has one")
     return name
+
+
+def folder_for(out: Path) -> Path:
+    """A folder to write to, made where there is none; UsageError where there can be none."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"nothing can be written to {str(out)!r} ({why}); give a folder where it can") from error
+    return out
 
 
 # ------------------------------------------------------------------------------------------------- running
@@ -205,7 +226,8 @@ def run(
     there, with a results/ of its own unless `results` names one.
 
     Raises:
-        UsageError: an unknown chapter or parameter; nothing has run then.
+        UsageError: an unknown chapter or parameter, an `out` that is no folder; nothing has run then.
+        ValueError: a device or dtype of the environment that there is not; nothing has run then.
         RunError: a cell failed or took longer than `timeout` seconds; what was stored before stays as it was.
     """
     selected = chapters(root, only)
@@ -224,6 +246,9 @@ def run(
         selected = [chapter for chapter in selected if not compares(chapter)]
     for chapter in selected:
         check_parameters(chapter, _given(chapter, given))
+    models.place()
+    if out is not None:
+        folder_for(out)
 
     written = []
     for chapter in selected:

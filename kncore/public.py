@@ -8,6 +8,7 @@ $KNCORE_CACHE/public (or the platform's cache folder); what fails the check is n
 A file that is not what it should be raises ValueError with the file and the line or index.
 """
 
+import io
 import json
 import os
 import sys
@@ -286,8 +287,9 @@ def _text(file: Path) -> str:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where.format(line=error.lineno)}: not JSON ({error}); get an intact copy") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is no JSONDecodeError
+        line = getattr(error, "lineno", "?")
+        raise ValueError(f"{where.format(line=line)}: not JSON ({error}); get an intact copy") from error
 
 
 def _json(file: Path, kind: type) -> Any:
@@ -299,7 +301,7 @@ def _json(file: Path, kind: type) -> Any:
 
 def _lines(file: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]]:
     empty = True
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(io.StringIO(_text(file)), 1):  # other ends of lines may stand within a text
         where = f"{file}, line {number}"
         row = _parse(line, where.replace("{", "{{").replace("}", "}}"))
         _check(where, row, fields)

@@ -44,7 +44,15 @@ def read(path: Path) -> NotebookNode:
     """A notebook at rest; ValueError names the file that is none."""
     try:
         return nbformat.read(path, as_version=4)
-    except (OSError, ValueError, AttributeError, LookupError, TypeError, nbformat.ValidationError) as error:
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        RecursionError,
+        nbformat.ValidationError,
+    ) as error:
         told = " ".join(str(error).split())[:120] or type(error).__name__
         place = f"{path.parent.name}/{path.name}"
         raise ValueError(

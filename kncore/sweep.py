@@ -85,12 +85,17 @@ def read_queries(path: Path, kind: str) -> list[Query] | list[Case]:
     Raises UsageError for a line that is none.
     """
     out = []
-    for number, line in enumerate(path.open(encoding="utf-8"), 1):
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            lines = stream.readlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error.reason}); expected lines of JSON") from error
+    for number, line in enumerate(lines, 1):
         try:
             query = Query(**json.loads(line))
             if kind == "edits" and not (query.subject and query.foil):
                 raise ValueError("an edit needs a subject and a foil, the answer to install")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             known = ", ".join(field.name for field in fields(Query))
             raise UsageError(f"{path.name}, line {number}: {error}. Expected an object of text: {known}") from error
         out.append(
@@ -233,7 +238,7 @@ def _records(path: Path) -> Iterable[dict | None]:
             record = json.loads(line)
             body = {name: value for name, value in record.items() if name != "checksum"}
             yield record if record["checksum"] == _hash(body) else None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             yield None
 
 
@@ -276,6 +281,8 @@ def load_records(paths: Sequence[Path]) -> list[dict]:
 
 def merge(paths: Sequence[Path], out: Path) -> Path:
     """Write the records of a whole sweep to one file; errors as in `load_records`, and then nothing is written."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; give the file to write")
     return write(out, "".join(map(_line, load_records(paths))))
 
 

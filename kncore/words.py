@@ -120,18 +120,27 @@ def counts(folder: str | Path | None = None) -> Counts:
     """
     if not folder:
         return _web()
-    paths = sorted(Path(folder).rglob("*.txt"))
-    if not paths:
-        raise FileNotFoundError(f"no .txt file in {str(folder)!r}; name a folder of plain text files, or none")
-    texts = []
-    for path in paths:
-        try:
-            texts.append(path.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
-    found = count(texts)
+    found = count(texts(folder, "none"))
     if not found.total:
         raise ValueError(f"the .txt files in {str(folder)!r} hold no word")
+    return found
+
+
+def texts(folder: str | Path, instead: str) -> list[str]:
+    """The texts of a folder's .txt files (UTF-8, subfolders too), in the order of their names.
+
+    Raises FileNotFoundError where there is none, which says what else could be named `instead`; ValueError for a file
+    that is not UTF-8.
+    """
+    paths = sorted(Path(folder).rglob("*.txt"))
+    if not paths:
+        raise FileNotFoundError(f"no .txt file in {str(folder)!r}; name a folder of plain text files, or {instead}")
+    found = []
+    for path in paths:
+        try:
+            found.append(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
     return found
 
 

@@ -79,10 +79,6 @@ def typed(tmp_path):
     def stop(*_, **__):
         raise pipeline.RunError("it would have been done")
 
-    def checked(name, **_):
-        models.check(name)
-        stop()
-
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("KNCORE_CACHE", str(root / "cache"))
@@ -91,7 +87,7 @@ def typed(tmp_path):
             (pipeline, "_execute", stop),
             (book, "book", stop),
             (book, "pdf", stop),
-            (models, "load", checked),
+            (models, "_from_pretrained", stop),
             (models, "_cached", stop),
             (models, "_snapshot", stop),
         ):
@@ -110,9 +106,11 @@ def typed(tmp_path):
 
 COMMANDS = ("run", "book", "render", "pdf", "sweep", "merge", "fetch", "cache", "readme")
 OPTIONS = (
-    "--model --only -p --out --timeout --prune --limit --shard --seed -n --queries --source --editor --steps".split()
-)
+    "--model --only -p --out --timeout --prune --limit --shard --seed -n --queries --source --editor --steps --device "
+    "--dtype --device-map --quadrature"
+).split()
 VALUES = ["n=1", "n=0", "n=", "=", "n=[1]", "scale=.nan", "model=..", "tiny", "gpt2", "1/2", "0/0", "5MB", "edits", "."]
+VALUES += ["cuda:9", "meta", "hpu", "float8_e4m3fn", "int8", "auto", "attribution", "capital", "gauss", "controlled-gpt2"]
 arguments = st.lists(st.sampled_from(COMMANDS) | st.sampled_from(OPTIONS) | st.sampled_from(VALUES) | texts, max_size=7)
 
 
@@ -122,6 +120,7 @@ arguments = st.lists(st.sampled_from(COMMANDS) | st.sampled_from(OPTIONS) | st.s
 @example("run", ["-p", "n=" + "[" * 5000])
 @example("run", ["--model", "/"])
 @example("run", ["--model", "\0"])
+@example("run", ["--out", "\0"])
 @example("run", ["--out", "notebooks/01-toy.ipynb"])
 @example("run", ["--only", "²"])
 @example("run", ["--timeout", "²"])
@@ -149,6 +148,21 @@ def test_a_command_is_done_or_answered_in_one_line(typed, command, rest):
         (["run", "-p", "n=0"], "expected a whole number from 1"),
         (["run", "-p", "n=99999999999"], "to 2**32 - 1"),
         (["run", "-p", "scale=.inf"], "a finite value"),
+        (["run", "-p", "n="], "is int"),
+        (["run", "--only", ","], "name one"),
+        (["run", "--model", ""], "name one"),
+        (["run", "--out", ""], "name one"),
+        (["run", "--out", "notebooks/01-toy.ipynb"], "give a folder"),
+        (["run", "--out", "notebooks/01-toy.ipynb/x"], "give a folder"),
+        (["fetch", ""], "name one"),
+        (["merge", "notebooks", "--out", "notebooks"], "give the file"),
+        (["merge", "", "--out", "o"], "name one"),
+        (["sweep", "attribution", "--queries", "notebooks", "--out", "o"], "give another path"),
+        (["sweep", "attribution", "--device", "meta", "--out", "o"], "'cpu' always can"),
+        (["sweep", "attribution", "--device", "hpu", "--out", "o"], "'cpu' always can"),
+        (["sweep", "attribution", "--device", "", "--out", "o"], "'cpu' always can"),
+        (["sweep", "attribution", "--dtype", "float8_e4m3fn", "--out", "o"], "bfloat16"),
+        (["sweep", "attribution", "--dtype", "nn", "--out", "o"], "bfloat16"),
         (["run", "-p", "n=null"], "a finite value"),
         (["run", "-p", "model=no-such"], "neither a registered name"),
         (["run", "--model", "gpt2@main"], "owner/name@commit"),
