@@ -378,7 +378,7 @@ def _execute(
                 progress_bar=terminal,
                 cwd=str(source.parent),
                 execution_timeout=timeout,
-                extra_arguments=["--log-level=ERROR"],
+                extra_arguments=["--log-level=CRITICAL"],
             )
     except PapermillExecutionError as error:
         last = (str(error.evalue).strip().splitlines() or [""])[-1]

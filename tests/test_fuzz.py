@@ -110,7 +110,18 @@ OPTIONS = (
     "--dtype --device-map --quadrature"
 ).split()
 VALUES = ["n=1", "n=0", "n=", "=", "n=[1]", "scale=.nan", "model=..", "tiny", "gpt2", "1/2", "0/0", "5MB", "edits", "."]
-VALUES += ["cuda:9", "meta", "hpu", "float8_e4m3fn", "int8", "auto", "attribution", "capital", "gauss", "controlled-gpt2"]
+VALUES += [
+    "cuda:9",
+    "meta",
+    "hpu",
+    "float8_e4m3fn",
+    "int8",
+    "auto",
+    "attribution",
+    "capital",
+    "gauss",
+    "controlled-gpt2",
+]
 arguments = st.lists(st.sampled_from(COMMANDS) | st.sampled_from(OPTIONS) | st.sampled_from(VALUES) | texts, max_size=7)
 
 

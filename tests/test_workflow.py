@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -85,7 +86,7 @@ def test_models_shards_and_chapters_are_multiplied(toy):
         "-n",
         models=["controlled-gpt2", "owner/name@rev"],
         shards=3,
-        sweeps=[{"name": name, "run": "x"} for name in "ab"],
+        sweeps=[{"name": name, "run": "edits capital"} for name in "ab"],
     )
     assert done.returncode == 0, done.stderr
     assert jobs(done) == {"fetch": 2, "shard": 12, "merge": 4, "chapter": 2}
@@ -103,6 +104,45 @@ def test_a_job_has_one_gpu_where_the_device_is_one(toy):
 def test_a_chapter_that_is_not_there_is_named(toy):
     done = snakemake(toy, "-n", chapters=["07"])
     assert done.returncode == 1 and "no chapters 07; there are 01" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"models": "controlled-gpt2"},  # not one for each letter
+        {"models": []},
+        {"models": ["gpt2", "gpt2"]},
+        {"shards": 0},
+        {"shards": "4"},
+        {"threads": "many"},
+        {"mem_mb": -1},
+        {"device": 0},
+        {"device": "cuda; true"},
+        {"dtype": "float8"},
+        {"sweeps": [{"name": "facts"}]},
+        {"sweeps": [{"name": "book", "run": "attribution capital"}]},
+        {"sweeps": [{"name": "../facts", "run": "attribution capital"}]},
+        {"sweeps": [{"name": "facts", "run": "render"}]},
+        {"chapters": 1},
+        {"shard": 4},
+    ],
+    ids=str,
+)
+def test_a_wrong_configuration_is_none(wrong):
+    schema, right = (yaml.safe_load((ROOT / "workflow" / f"config{kind}.yaml").read_text()) for kind in (".schema", ""))
+    jsonschema.validate(right, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**right, **wrong}, schema)
+
+
+@needs_snakemake
+def test_a_wrong_configuration_is_refused_before_a_job_starts(toy):
+    done = snakemake(toy, models="controlled-gpt2")
+    assert done.returncode == 1 and "'controlled-gpt2' is not of type 'array'" in done.stdout + done.stderr
+    twice = [{"name": "facts", "run": f"attribution {relation}"} for relation in ("capital", "maker")]
+    done = snakemake(toy, sweeps=twice)
+    assert done.returncode == 1 and "have one name" in done.stdout + done.stderr
+    assert not (toy / "out").exists()
 
 
 @needs_snakemake
