@@ -41,18 +41,25 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
 
     So are those of the models that are trained here (`BESIDE`), several at once. The tracked files are only read. A
     record that says what the tracked one says keeps that one's date; one of these models that no notebook makes any
-    more is left out. Raises RunError where a notebook fails or the build warns; the log is in _build/book.log and the
-    pages that stood in _build/html before stay.
+    more is left out.
+
+    Raises UsageError where the book is made of something that cannot be read, and nothing has run then; RunError where
+    a notebook fails or the build warns: the log is in _build/book.log and the pages that stood in _build/html stay.
     """
+    from kncore import claims
+
     target, old = root / "_build" / "html", root / "_build" / "html.old"
     if old.exists() and not target.exists():  # a run was killed between the two moves below
         os.replace(old, target)
     staging = stage(root)
     if execute:
-        from kncore import claims
-
         for name in {*BESIDE, *(str(chapter.defaults.get("model")) for chapter in chapters(root))}:
             shutil.rmtree(staging / "results" / slug(name), ignore_errors=True)
+    try:
+        claims.read(staging / "results")
+    except ValueError as error:
+        raise UsageError(str(error).replace(str(staging), str(root))) from error
+    if execute:
         _run_all(root, staging, timeout)
         claims.keep_dates(staging / "results", root / "results")
         keep_times(staging / "results", root / "results")
@@ -82,7 +89,8 @@ def pdf(root: Path) -> Path:
 
     Raises UsageError where there is no Chromium to print with, RunError where nothing came of it.
     """
-    names = "chromium", "chromium-browser", "google-chrome"
+    own = os.environ.get("KNCORE_CHROMIUM")
+    names = (own,) if own else ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         raise UsageError(f"the PDF is printed by a browser, and none of {', '.join(names)} is installed")
@@ -241,9 +249,12 @@ def stage(root: Path, *, runs: bool = True) -> Path:
     """A fresh _build/staging with a copy of all that the book is made of: configuration, prose, notebooks, records.
 
     Runs on other models in book/runs/ join the contents as a part of their own, or are left out.
+
+    Raises UsageError or ValueError for a file that cannot be read.
     """
     for path in [*root.glob("notebooks/*.ipynb"), *root.glob("book/runs/*/*.ipynb")]:
         stored.read(path)
+    contents = _contents(root)
     staging = root / "_build" / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -254,7 +265,6 @@ def stage(root: Path, *, runs: bool = True) -> Path:
             shutil.copytree(root / folder, staging / folder, ignore=hidden)
     if not runs:
         shutil.rmtree(staging / "book" / "runs", ignore_errors=True)
-    contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
     found = sorted((staging / "book" / "runs").glob("*/*.ipynb"))
     for path in found:
         _relink(path, staging / "notebooks")
@@ -268,6 +278,33 @@ def stage(root: Path, *, runs: bool = True) -> Path:
         contents["parts"].append({"caption": "The same on other models", "chapters": parts})
     write(staging / "_toc.yml", yaml.safe_dump(contents, sort_keys=False))
     return staging
+
+
+def _contents(root: Path) -> dict:
+    """What _toc.yml says. UsageError where it, the configuration, or a page cannot be read."""
+    told = {}
+    for path in [root / "_config.yml", root / "_toc.yml", *root.glob("book/*.md"), *root.glob("book/*.bib")]:
+        restore = f"restore it (git checkout -- {path.relative_to(root).as_posix()})"
+        try:
+            told[path.name] = path.read_text(encoding="utf-8")
+            if path.suffix == ".yml":
+                told[path.name] = yaml.safe_load(told[path.name])
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{path} cannot be read ({' '.join(str(error).split())}); {restore}") from error
+        if path.suffix == ".yml" and not isinstance(told[path.name], dict):
+            raise UsageError(f"{path} cannot be read (names with values are expected); {restore}")
+    contents = told["_toc.yml"]
+    try:
+        named = [contents["root"], *(page for part in contents["parts"] for page in pages.files(part["chapters"]))]
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{root / '_toc.yml'} has no root, or no parts with chapters, each with a file; restore it "
+            "(git checkout -- _toc.yml)"
+        ) from error
+    for page in named:
+        if not any((root / f"{page}{kind}").is_file() for kind in (".md", ".ipynb")):
+            raise UsageError(f"_toc.yml names {page}, and there is no such .md or .ipynb; restore it, or take it out")
+    return contents
 
 
 def look_closer(staging: Path) -> None:

@@ -54,10 +54,7 @@ def read(path: Path) -> NotebookNode:
         nbformat.ValidationError,
     ) as error:
         told = " ".join(str(error).split())[:120] or type(error).__name__
-        place = f"{path.parent.name}/{path.name}"
-        raise ValueError(
-            f"{path} is no notebook ({told}); restore it (git checkout -- {place}) or run it anew"
-        ) from error
+        raise ValueError(f"{path} is no notebook ({told}); restore it (git checkout) or run it anew") from error
 
 
 def finalise(nb: NotebookNode, replace: Mapping[str, str] | None = None) -> NotebookNode:

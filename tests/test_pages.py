@@ -27,9 +27,7 @@ from kncore.stats import Estimate
 
 
 def test_staging_copies_and_adds_the_runs_on_other_models(toy):
-    (toy / "_config.yml").write_text("title: Toy\n")
     (toy / "book" / "runs" / "other").mkdir(parents=True)
-    (toy / "book" / "index.md").write_text("# Toy\n")
     shutil.copy(toy / "notebooks" / "01-toy.ipynb", toy / "book" / "runs" / "other")
     before = snapshot(toy)
     staging = book.stage(toy)
@@ -41,11 +39,34 @@ def test_staging_copies_and_adds_the_runs_on_other_models(toy):
     assert {name: data for name, data in snapshot(toy).items() if not name.startswith("_build")} == before
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("_toc.yml", "root: [", "cannot be read"),
+        ("_toc.yml", "", "names with values are expected"),
+        ("_toc.yml", "root: book/index", "no parts"),
+        ("_toc.yml", "root: book/index\nparts:\n- chapters:\n  - book/index", "each with a file"),
+        ("_toc.yml", "root: book/nowhere\nparts: []", "names book/nowhere"),
+        ("_config.yml", "- title", "names with values are expected"),
+        ("book/index.md", b"\xff", "git checkout -- book/index.md"),
+        ("notebooks/01-toy.ipynb", "{", "is no notebook"),
+        ("results/other/claim.json", "{", "toy/results/other/claim.json is not a record"),
+        ("results/other/claim.json", "[" * 100_000, "toy/results/other/claim.json is not a record"),
+    ],
+)
+@pytest.mark.parametrize("execute", [True, False])
+def test_what_a_book_cannot_be_made_of_is_named_before_anything_runs(toy, monkeypatch, name, text, said, execute):
+    monkeypatch.setattr(book, "_run_all", lambda *_: pytest.fail("notebooks ran"))
+    pipeline.write(toy / name, text)
+    with pytest.raises((pipeline.UsageError, ValueError), match=re.escape(said)) as error:
+        book.book(toy, execute=execute)
+    assert "staging" not in str(error.value)
+
+
 def test_the_page_of_a_model_that_comes_with_the_package_is_its_card(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "SHIPPED", tmp_path / "weights")
     (tmp_path / "weights" / "known").mkdir(parents=True)
     (tmp_path / "weights" / "known" / "README.md").write_text("# known\n\nMade of sugar.\n")
-    (toy / "_config.yml").write_text("title: Toy\n")
     (toy / "book" / "runs" / "known").mkdir(parents=True)
     shutil.copy(toy / "notebooks" / "01-toy.ipynb", toy / "book" / "runs" / "known")
     page = (book.stage(toy) / "book" / "runs" / "known" / "index.md").read_text()
@@ -78,7 +99,6 @@ def test_a_run_leaves_the_records_that_another_one_made_meanwhile(tmp_path):
 def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeypatch):
     source = COMPUTE.replace('"tiny")', "model)")
     root = make_checkout(tmp_path / "toy", n01_toy=notebook(source))
-    (root / "_config.yml").write_text("title: Toy\n")
     monkeypatch.setattr(book, "BESIDE", ("gpt2", "gpt2-xl", "llama-2-7b"))
     for name in ("gpt2", "gpt2-xl"):
         (root / "book" / "runs" / name).mkdir(parents=True)
@@ -102,7 +122,6 @@ def test_chapters_that_attribute_share_a_job(tmp_path):
 
 def test_a_model_beside_that_fails_is_named_with_its_cell(tmp_path, monkeypatch):
     root = make_checkout(tmp_path / "toy", n01_toy=notebook('1 / (model != "gpt2")'))
-    (root / "_config.yml").write_text("title: Toy\n")
     monkeypatch.setattr(book, "BESIDE", ("gpt2",))
     (root / "book" / "runs" / "gpt2").mkdir(parents=True)
     shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "gpt2")
@@ -139,7 +158,6 @@ def test_a_figure_has_that_of_every_other_model_below_it(toy):
 
 
 def test_a_label_stays_with_the_chapter(toy):
-    (toy / "_config.yml").write_text("title: Toy\n")
     (toy / "book" / "runs" / "other").mkdir(parents=True)
     nbformat.write(
         new_notebook(cells=[new_markdown_cell("(there)=\n## There\n\n(not) = one")]),
@@ -151,7 +169,6 @@ def test_a_label_stays_with_the_chapter(toy):
 
 
 def test_the_links_of_a_run_lead_where_they_led_in_the_notebook(toy):
-    (toy / "_config.yml").write_text("title: Toy\n")
     (toy / "book" / "runs" / "other").mkdir(parents=True)
     (toy / "book" / "thesis.md").touch()
     links = "[a](../book/thesis.md#part) [](02-toy.ipynb) ![c](03-toy.ipynb) [d](https://x.org/a) [e](#part) [f](no.md)"
@@ -271,7 +288,9 @@ def lines(cell) -> list[str]:
 
 @pytest.fixture
 def staging(toy):
-    (toy / "_toc.yml").write_text(yaml.safe_dump({"parts": [{"chapters": [{"file": "notebooks/01-toy"}]}]}))
+    (toy / "_toc.yml").write_text(
+        yaml.safe_dump({"root": "book/index", "parts": [{"chapters": [{"file": "notebooks/01-toy"}]}]})
+    )
     return toy
 
 
@@ -301,7 +320,6 @@ def test_a_cell_leads_to_the_chapter_or_the_run_that_it_came_from(staging, monke
     for model in ("tiny", "owner/ran", "unran"):
         for claim in ("fact-has-neurons", "grammar-has-neurons"):
             put(staging / "results", claim, model, monkeypatch)
-    (staging / "_config.yml").touch()
     (staging / "book" / "runs" / "owner--ran").mkdir(parents=True)
     shutil.copy(staging / "notebooks" / "01-toy.ipynb", staging / "book" / "runs" / "owner--ran")
     nbformat.write(notebook(), staging / "notebooks" / "02-not-in-the-contents.ipynb")

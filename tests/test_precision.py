@@ -225,6 +225,18 @@ def test_device_and_precision_come_from_the_environment_where_none_is_given(tmp_
         models.load(folder, device="cpu", device_map="auto")
 
 
+@pytest.mark.parametrize("device", ["meta", "hpu", "lazy", "cuda:99", "cpu:x", "", "gpu", -1, 1.5, [], "\0"])
+def test_a_device_that_cannot_compute_is_refused(device):
+    with pytest.raises(ValueError, match="cannot be used here: .*'cpu' always can"):
+        models.place(device)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "nn", "", 16, torch.int64])
+def test_a_precision_that_no_model_is_computed_in_is_refused(dtype):
+    with pytest.raises(ValueError, match="one of float32, bfloat16, float16, float64"):
+        models.place("cpu", dtype)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="device 'cuda' cannot be used here.*'cpu' always can"):

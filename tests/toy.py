@@ -25,6 +25,9 @@ def notebook(*sources: str) -> nbformat.NotebookNode:
 
 def make_checkout(folder: Path, **notebooks: nbformat.NotebookNode) -> Path:
     (folder / "notebooks").mkdir(parents=True)
+    (folder / "book").mkdir()
+    (folder / "book" / "index.md").write_text("# Toy\n")
+    (folder / "_config.yml").write_text("title: Toy\n")
     (folder / "_toc.yml").write_text("format: jb-book\nroot: book/index\nparts: []\n")
     for name, content in notebooks.items():
         nbformat.write(content, folder / "notebooks" / f"{name[1:].replace('_', '-')}.ipynb")
