@@ -70,7 +70,7 @@ def test_the_commands_of_a_chapter_run_that_chapter_with_parameters_that_it_has(
         else:
             assert [program, *rest[:2]] == [".venv/bin/python", "-m", "kncore"]
             told = __main__.parser().parse_args(rest[2:])
-            assert told.only == chapter.number
+            assert told.only == [chapter.number]
             given = [*told.parameters, *([f"model={told.model}"] if told.model else [])]
         pipeline.check_parameters(chapter, pipeline.parse_parameters(given))
 
