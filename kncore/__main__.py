@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-NAME = "a known name, a hub name or a local folder"
+MODEL = "a known name, a hub name or a local folder"
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # what accelerate can work out by itself
 
 
@@ -29,9 +29,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
 
     run = commands.add_parser("run", parents=[debug], help="run notebooks; each is stored only when it succeeded")
-    run.add_argument(
-        "--model", type=_given, help="a known name, a hub name or a local folder (default: the notebooks' own)"
-    )
+    run.add_argument("--model", type=_given, help=f"{MODEL} (default: the notebooks' own)")
     run.add_argument("--only", type=_names, default=[], metavar="NAMES", help="chapters by number or name, e.g. 01,03")
     run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
     run.add_argument("--out", type=_path, help="folder for the notebooks and, below it, results/")
@@ -47,9 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("kind", choices=("attribution", "edits"))
     sweep.add_argument("names", nargs="*", help="relations and phenomena (default: those of the chapters)")
-    sweep.add_argument(
-        "--model", type=_given, help="a known name, a hub name or a local folder (default: the default model)"
-    )
+    sweep.add_argument("--model", type=_given, help=f"{MODEL} (default: the default model)")
     sweep.add_argument("--device", help="e.g. cuda (default: $KNCORE_DEVICE, else PyTorch's)")
     sweep.add_argument("--dtype", help="e.g. bfloat16 (default: $KNCORE_DTYPE, else float32)")
     sweep.add_argument("--device-map", choices=MAPS, help="e.g. auto: spread a model larger than memory")
@@ -170,7 +166,7 @@ REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; make it writable, or give another path"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space (python -m kncore cache --prune)"),
 }
-MEMORY = "; take a smaller model, fewer --steps, --dtype bfloat16, or --device-map auto"
+MEMORY = "; take a smaller model or n; a sweep has --steps, --dtype bfloat16 and --device-map auto, too"
 
 
 def _meant(error: Exception) -> bool:
@@ -242,7 +238,7 @@ def _sweep(options: argparse.Namespace) -> Path:
         raise pipeline.UsageError(f"edits take an editor ({known}), and no quadrature or steps")
     if options.queries and options.names:
         raise pipeline.UsageError("give names of relations and phenomena or --queries, not both")
-    pipeline.folder_for(options.out)
+    pipeline.make_folder(options.out)
     items = sweep.read_queries(options.queries, options.kind) if options.queries else None
     where = {"device": options.device, "dtype": options.dtype, "device_map": options.device_map}
     lm = models.load(options.model or models.DEFAULT, **where)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nbformat
@@ -280,22 +280,26 @@ def stage(root: Path, *, runs: bool = True) -> Path:
     return staging
 
 
-def _contents(root: Path) -> dict:
-    """What _toc.yml says. UsageError where it, the configuration, or a page cannot be read."""
-    told = {}
-    for path in [root / "_config.yml", root / "_toc.yml", *root.glob("book/*.md"), *root.glob("book/*.bib")]:
-        restore = f"restore it (git checkout -- {path.relative_to(root).as_posix()})"
-        try:
-            told[path.name] = path.read_text(encoding="utf-8")
-            if path.suffix == ".yml":
-                told[path.name] = yaml.safe_load(told[path.name])
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{path} cannot be read ({' '.join(str(error).split())}); {restore}") from error
-        if path.suffix == ".yml" and not isinstance(told[path.name], dict):
-            raise UsageError(f"{path} cannot be read (names with values are expected); {restore}")
-    contents = told["_toc.yml"]
+def _read(root: Path, path: Path, parse: Callable[[str], object] = str) -> object:
+    """What a file of the checkout says; UsageError where it cannot be read, or is no mapping where it is parsed."""
+    restore = f"restore it (git checkout -- {path.relative_to(root).as_posix()})"
     try:
-        named = [contents["root"], *(page for part in contents["parts"] for page in pages.files(part["chapters"]))]
+        told = parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read ({' '.join(str(error).split())}); {restore}") from error
+    if parse is not str and not isinstance(told, dict):
+        raise UsageError(f"{path} cannot be read (names with values are expected); {restore}")
+    return told
+
+
+def _contents(root: Path) -> dict:
+    """What _toc.yml says; UsageError where it, the configuration, or a page cannot be read or is not there."""
+    for path in [*root.glob("book/*.md"), *root.glob("book/*.bib")]:
+        _read(root, path)
+    _read(root, root / "_config.yml", yaml.safe_load)
+    contents = _read(root, root / "_toc.yml", yaml.safe_load)
+    try:
+        named = list(pages.files(contents))
     except (KeyError, TypeError) as error:
         raise UsageError(
             f"{root / '_toc.yml'} has no root, or no parts with chapters, each with a file; restore it "

@@ -186,7 +186,7 @@ def close(root: Path, staging: Path) -> None:
     contents = yaml.safe_load((staging / "_toc.yml").read_text(encoding="utf-8"))
     found = {chapter.number: chapter for chapter in chapters(staging)}
     known, told = origin(root), records(staging)
-    for page in [contents["root"], *(page for part in contents["parts"] for page in files(part["chapters"]))]:
+    for page in files(contents):
         notebook, prose = staging / f"{page}.ipynb", staging / f"{page}.md"
         if notebook.is_file():
             nb = nbformat.read(notebook, as_version=4)

@@ -385,7 +385,7 @@ def _cell(text: str) -> str:
 def _contents(staging: Path) -> set[str]:
     """The pages of the book, without their endings."""
     contents = yaml.safe_load((staging / "_toc.yml").read_text(encoding="utf-8"))
-    return {page for part in contents["parts"] for page in files(part["chapters"])}
+    return set(files(contents))
 
 
 def _title(notebook: Path) -> str:
@@ -404,8 +404,11 @@ def _code(value: str) -> str:
     return f"{fence} {' '.join(value.split())} {fence}"
 
 
-def files(entries: Sequence[Mapping]) -> Iterator[str]:
-    """The pages of a part of the contents, with those below them."""
-    for entry in entries:
+def files(contents: Mapping) -> Iterator[str]:
+    """The pages that _toc.yml names, the first page first, each before those below it."""
+    yield contents["root"]
+    below = [entry for part in reversed(contents["parts"]) for entry in reversed(part["chapters"])]
+    while below:
+        entry = below.pop()
         yield entry["file"]
-        yield from files(entry.get("sections", ()))
+        below += reversed(entry.get("sections", ()))

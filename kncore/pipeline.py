@@ -39,7 +39,7 @@ BESIDE = (
     "minilm-mlm",
 )  # models that `book` runs beside the notebooks' own
 ALIVE = ".alive"  # locked as long as the run lives that a scratch folder belongs to
-NAMED = {  # what the text of a parameter may be
+KNOWN = {  # the texts that a parameter of this name may have
     "subject": lambda: {case.request.subject for case in cases.bijective("capital")},
     "new": lambda: {case.request.target for case in cases.bijective("capital")},
     "scholar": cases.scholars,
@@ -171,8 +171,8 @@ def _unfit(name: str, value: Scalar) -> str:
         return _refused("a quadrature", attribution.rule, value, 2)
     if name == "sweep":
         return "" if re.fullmatch(r"\d{1,4}(,\d{1,4})*", value) else "whole numbers with commas between, e.g. 0,1,3"
-    if name in NAMED:
-        known = sorted(NAMED[name]())
+    if name in KNOWN:
+        known = sorted(KNOWN[name]())
         close = difflib.get_close_matches(value, known, 3) or known[:3]
         return "" if value in known else f"one of {len(known)} that are known, such as {', '.join(close)}"
     return ""
@@ -195,15 +195,14 @@ def slug(model: str) -> str:
     return name
 
 
-def folder_for(out: Path) -> Path:
-    """A folder to write to, made where there is none; UsageError where there can be none."""
+def make_folder(out: Path) -> None:
+    """Make a folder where there is none; UsageError where there can be none, or nothing can be written to it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"nothing can be written to {str(out)!r} ({why}); give a folder where it can") from error
-    return out
 
 
 # ------------------------------------------------------------------------------------------------- running
@@ -248,7 +247,7 @@ def run(
         check_parameters(chapter, _given(chapter, given))
     models.place()
     if out is not None:
-        folder_for(out)
+        make_folder(out)
 
     written = []
     for chapter in selected:

@@ -337,8 +337,7 @@ def test_the_matrix_shows_every_record_with_its_verdict_and_where_it_came_from(p
 
 def test_every_page_can_be_cited_and_every_notebook_says_where_it_comes_from(pages):
     toc = yaml.safe_load((STAGED / "_toc.yml").read_text(encoding="utf-8"))
-    names = [toc["root"], *(name for part in toc["parts"] for name in files(part["chapters"]))]
-    for name in names:
+    for name in files(toc):
         page = pages[HTML / f"{name}.html"]
         assert len(page.select("details.cite .highlight-bibtex, .cite .highlight-bibtex")) == 2, name
         rows = {row.find("th").get_text(strip=True): row.find("td") for row in page.select("table.origin tr")}

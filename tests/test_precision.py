@@ -239,5 +239,6 @@ def test_a_precision_that_no_model_is_computed_in_is_refused(dtype):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="device 'cuda' cannot be used here.*'cpu' always can"):
-        models.load("controlled-gpt2", device="cuda")
+    for device in ("cuda", 0):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here.*'cpu' always can"):
+            models.load("controlled-gpt2", device=device)

@@ -120,6 +120,12 @@ def test_blimp_items_are_singular_where_the_file_shows_the_singular(tmp_path):
     assert [query.item for query in public.blimp(name, file)] == [f"{name}:king", f"{name}:king", f"{name}:cows"]
 
 
+def test_blimp_lines_end_where_json_lines_do(tmp_path):
+    line = pairs("causative", ("Olga runs fast.", "Olga run fast.")).replace("fast.", "fast\u2028.")
+    (query,) = public.blimp("causative", write(tmp_path / "any.jsonl", line))
+    assert (query.prompt, query.target) == ("Olga", "runs")
+
+
 def test_blimp_leaves_out_what_it_cannot_ask(tmp_path):
     rows = [
         ("Olga runs fast.", "Olga run fast."),

@@ -240,6 +240,13 @@ def test_a_line_that_is_no_prompt_is_named(line, match, tmp_path):
         sweep.read_queries(path, "attribution")
 
 
+def test_a_mark_at_the_beginning_and_an_odd_end_of_line_within_a_text_are_read(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\ufeff{"prompt": "the\u2028capital\x85of", "target": "France"}\n', encoding="utf-8")
+    (query,) = sweep.read_queries(path, "attribution")
+    assert (query.prompt.split(), query.target) == (["the", "capital", "of"], "France")
+
+
 def test_an_edit_of_ones_own_needs_a_subject_and_a_foil(tmp_path):
     path = tmp_path / "prompts.jsonl"
     row = {"prompt": "the capital of France is", "target": "Paris", "subject": "France"}

@@ -123,6 +123,8 @@ def test_a_chapter_that_is_not_there_is_named(toy):
         {"sweeps": [{"name": "book", "run": "attribution capital"}]},
         {"sweeps": [{"name": "../facts", "run": "attribution capital"}]},
         {"sweeps": [{"name": "facts", "run": "render"}]},
+        {"sweeps": [{"name": "facts", "run": "attribution capital; true"}]},
+        {"sweeps": [{"name": "facts", "run": "attribution $(true)"}]},
         {"chapters": 1},
         {"shard": 4},
     ],
