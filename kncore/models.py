@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kncore import arch, disk
+from kncore import arch, checkpoint, disk
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KNCORE_CACHE") or pooch.os_cache("kncore"))
 
 
+def identity(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The name and the revision of the model that `load` gives for what it is given; nothing is loaded or fetched.
+
+    A folder is called `<its name>@<first 8 digits of the revision>`, see `kncore.checkpoint.identity`; all of its
+    weights are read for that. A path object is a folder; of a text that is both, the registered model is meant.
+
+    Raises ValueError for an unknown name and for a folder that `load` refuses for its files; OSError where files cannot
+    be read, or a model that comes with this package does not.
+    """
+    source = _source(name_or_path)
+    if folder := local(source):
+        check(source)
+        return checkpoint.identity(folder)
+    entry = REGISTRY.get(source)
+    return source, _revision(source) if isinstance(entry, Wheel | Shipped) else _hub(source).revision
+
+
+def _source(name_or_path: str | os.PathLike[str]) -> str:
+    """The text that names a model; a path object becomes an absolute path, which no registered name is."""
+    source = str(name_or_path)
+    return os.path.abspath(os.path.expanduser(source)) if isinstance(name_or_path, os.PathLike) else source
+
+
 def load(
-    name_or_path: str = DEFAULT,
+    name_or_path: str | os.PathLike[str] = DEFAULT,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
@@ -172,21 +194,16 @@ def load(
     if device is not None and device_map is not None:
         raise ValueError(f"give a device ({device}) or a device map, not both")
     device, dtype = place("cpu" if device_map else device, dtype)
-    source = str(name_or_path)
     kwargs = {}
-    if isinstance(REGISTRY.get(source), (Wheel, Shipped)):
-        folder, revision = fetch(source), _revision(source)
-    elif own := local(source):
-        folder, revision, source = own, _hash_folder(own), own.resolve().name
-    else:
-        hub = _hub(source)
-        folder, revision = _snapshot(hub), hub.revision
+    source = _source(name_or_path)
+    name, revision = identity(name_or_path)
+    folder = local(source) or (fetch(source) if source in REGISTRY else _snapshot(_hub(source)))
     if device_map is not None:
         # Only weights that are not in the checkpoint as the model has them are written there.
         kwargs |= {"device_map": device_map, "offload_folder": cache_folder() / "offload" / f"{revision}-{dtype}"}
     model, tokenizer, spec = _from_pretrained(folder, dtype, **kwargs)
     (model if device_map else model.to(device)).eval().requires_grad_(False)
-    return LM(source, revision, model, tokenizer, spec, _state(model))
+    return LM(name, revision, model, tokenizer, spec, _state(model))
 
 
 def place(
@@ -245,11 +262,9 @@ def local(name: str) -> Path | None:
 def check(name: str) -> None:
     """Raises ValueError where `load` could not know what a name means: no such name, folder or pinned hub model."""
     if folder := local(name):
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{str(folder)!r} is not a model folder: it has no config.json")
         try:
-            arch.spec_for(str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            arch.spec_for(str(checkpoint.config(folder).get("model_type")))
+        except OSError as error:
             raise ValueError(f"{str(folder)!r} is not a model folder: config.json: {error}") from error
     elif name not in REGISTRY:
         _hub(name)
@@ -315,17 +330,6 @@ class _quiet:
         self.logging.set_verbosity(self.verbosity)
         if self.bars:
             self.logging.enable_progress_bar()
-
-
-def _hash_folder(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} is not a model folder: it has no config.json")
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    digest = hashlib.blake2b(digest_size=8)
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "blake2b").digest())
-    return digest.hexdigest()
 
 
 def replicas(name: str) -> list[str]:
@@ -399,7 +403,7 @@ def _revision(name: str) -> str:
     entry = REGISTRY[name]
     if isinstance(entry, Wheel):
         return entry.sha256[:16]
-    return _hash_folder(_own(name)) + (f"-{entry.base.sha256[:8]}" if entry.base else "")
+    return checkpoint.revision(_own(name)) + (f"-{entry.base.sha256[:8]}" if entry.base else "")
 
 
 def _cached(name: str, wheel: Wheel, save: Callable[[Path, Path], None]) -> Path:

@@ -43,7 +43,7 @@ def test_a_saved_folder_loads_as_the_model_it_was(family, tmp_path):
     source = save(folder, family)
     lm = load(folder)
     assert torch.equal(lm.model(IDS).logits, source(IDS).logits)
-    assert lm.name == "some-model" and lm.spec is spec_for(family)
+    assert lm.name == f"some-model@{lm.revision[:8]}" and lm.spec is spec_for(family)
     assert not lm.model.training and not lm.touched
     assert all(not p.requires_grad and p.dtype == torch.float32 for p in lm.model.parameters())
     assert (len(lm.blocks), lm.n_neurons, lm.device.type) == (3, 24, "cpu")
@@ -194,7 +194,7 @@ def test_pickled_weights_are_refused(tmp_path):
     model = save(tmp_path, "llama")
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="no file named model.safetensors.*pass a folder with config.json"):
+    with pytest.raises(ValueError, match=r"no weights in safetensors.*pickled weights .pytorch_model.bin. are refused"):
         load(tmp_path)
 
 
@@ -574,7 +574,7 @@ def test_a_completion_that_fails_half_way_leaves_nothing(name, split, cache):
     split.folder.joinpath(name).write_bytes(b"{")
     with pytest.raises((OSError, ValueError, SafetensorError)):
         load("tiny")
-    assert left(cache) == []
+    assert not cache.exists() or left(cache) == []
 
 
 @pytest.mark.model
