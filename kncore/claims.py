@@ -587,6 +587,7 @@ def record(
     told["checksum"] = checksum(told)
     target = results_folder() / _place(told)
     if _stands(target, told):
+        disk.touch(target)  # it belongs to this run all the same, which is stored together with it
         return Verdict(claim, estimate, lm.name)
     disk.write(target, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return Verdict(claim, estimate, lm.name)
@@ -648,18 +649,48 @@ def _estimate(told: Mapping) -> Estimate:
     return Estimate(told["value"], low, high, told["n"])
 
 
+def _check(record: Mapping) -> None:
+    """Raises KeyError, TypeError or ValueError where a field of a record is missing, or not as `record` writes it.
+
+    A checksum says that a record was not changed, and not who wrote it: pages show no field that was not checked here.
+    """
+    if not isinstance(record, dict):
+        raise TypeError("it is no mapping")
+    json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # refuses infinity and halves of characters
+    texts = "claim chapter statement metric rule verdict model revision dtype source code".split()
+    numbers, others = "value low high n seed".split(), ["parameters", "versions"]
+    if missing := [name for name in (*texts, *numbers, *others) if name not in record]:
+        raise KeyError(f"no {', '.join(missing)}")
+    for name in (*texts, *({"date", "checksum"} & record.keys())):
+        if not isinstance(record[name], str):
+            raise TypeError(f"its {name} is {record[name]!r:.80}, and text is expected")
+    for name in numbers:
+        value, whole = record[name], name in ("n", "seed")
+        finite = type(value) in ((int,) if whole else (int, float)) and abs(value) < 1e300
+        if not finite and not (value is None and name in ("low", "high")):
+            raise TypeError(f"its {name} is {value!r:.80}, and a {'whole ' * whole}number is expected")
+    _, low, high, n = estimate = _estimate(record)
+    if n < 0 or low > high:
+        raise ValueError(f"its interval is {low} to {high}, its n is {n}")
+    if not all(isinstance(record[name], dict) for name in others):
+        raise TypeError("its parameters and versions are not names with values")
+    if not all(isinstance(version, str) for version in (record["versions"]["kncore"], *record["versions"].values())):
+        raise TypeError("its versions are not names with texts")
+    CLAIMS[record["claim"]].verdict(estimate)
+    VERDICTS.index(record["verdict"])
+
+
 def read(results: Path) -> list[Mapping]:
     """All records below a folder, in the order of `CLAIMS`; ValueError names a file that is not one."""
     found = []
     for path in sorted(results.glob("*/*.json")):
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
+            _check(told)
             place = list(CLAIMS).index(told["claim"]), told["model"]
-            CLAIMS[told["claim"]].verdict(_estimate(told))
-            VERDICTS.index(told["verdict"])
             if path != results / _place(told):
                 raise ValueError(f"its place is {_place(told).as_posix()}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a record of a declared claim ({type(error).__name__}: {error}); make it anew with "
                 "`make notebooks`, or delete it"
