@@ -22,9 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kncore import cache, tokens
+from kncore import cache, checks, state, tokens
 from kncore.models import LM
-from kncore.replay import Capture, Change, capture, passes, replay
+from kncore.replay import Capture, Change, capture, expect_numbers, passes, replay
 from kncore.tasks import Query
 
 PANEL_NODES = 5
@@ -53,9 +53,12 @@ class Attribution:
 def rule(name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights of a quadrature on [0, 1].
 
+    Raises ValueError for an unknown name, and steps that are no whole number or too few.
+
     `gauss`: Gauss-Legendre. `riemann`: linspace(0, 1, steps) with weight 1/steps, as in the code of Niu et al. `left`:
     i/steps, as in Dai et al. `trapezoid`: linspace(0, 1, steps) with halved ends.
     """
+    steps = checks.whole(steps, "steps")
     if steps < (2 if name == "trapezoid" else 1):
         raise ValueError(f"quadrature {name!r} needs more than {steps} steps")
     if name == "gauss":
@@ -72,6 +75,7 @@ def rule(name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(f"unknown quadrature {name!r}; known: gauss, riemann, left, trapezoid, or a pair (nodes, weights)")
 
 
+@state.computes(grad=True)
 def attribute(
     lm: LM,
     queries: Sequence[Query],
@@ -97,16 +101,19 @@ def attribute(
     store: keep results on disk, keyed by all that they depend on. A model that was changed after loading is neither
         looked up nor stored.
 
-    Raises ValueError for an unknown site, quadrature or target mode, and for queries the model cannot be asked.
+    Raises ValueError for an unknown site, quadrature or target mode, for nodes outside [0, 1], for queries the model
+    cannot be asked, and where what it computes is no number; TypeError for what is no list of queries.
     """
+    queries = checks.items(queries, Query, "queries")
     if not queries:
         raise ValueError("no queries to attribute; give at least one")
     if target not in ("first", "all"):
         raise ValueError(f"unknown target mode {target!r}: choose 'first' (token) or 'all' (tokens)")
     if site not in ("neuron", "authors"):
         raise ValueError(f"cannot attribute to site {site!r}; choose 'neuron' or 'authors'")
-    if not tol > 0 or budget < 1:
-        raise ValueError(f"tol and budget must be positive, got {tol} and {budget}")
+    tol, budget = checks.finite(tol, "tol"), checks.whole(budget, "budget", 1)
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, got {tol:g}")
     fixed = _fixed(quadrature, steps)
     encoded = [tokens.encode(lm, query) for query in queries]
     if target == "first":
@@ -117,10 +124,11 @@ def attribute(
 
     how = fixed or (PANEL_NODES, SPLIT, DEPTH, tol)
     settings = {"site": site, "target": target, "quadrature": [np.asarray(x).tolist() for x in how]}
-    folder = cache.scores_folder() if store and not lm.touched else None
-    keys = {part: cache.key(lm, part, settings) for part in done} if folder else {}
-    for part, name in keys.items():
-        done[part] = cache.read(folder, name)
+    kept = cache.store(lm, _scores, capture) if store else None
+    names = {}
+    if kept:
+        names = {part: kept.name({**settings, "query": [part.ids, part.position, part.target]}) for part in done}
+        done.update({part: kept.read(name) for part, name in names.items()})
 
     todo = sorted((part for part, found in done.items() if found is None), key=lambda part: len(part.ids))
     at_once = max(1, budget // (len(lm.blocks) * (len(fixed[0]) if fixed else PANEL_NODES)))
@@ -131,10 +139,13 @@ def attribute(
             wanted = torch.tensor([part.target[0] for part in batch], device=lm.device)
             states = torch.stack(captured.sites[site], 1).float()
             path = _Path(captured, site, states, wanted, target == "all", budget)
-            for part, result in zip(batch, _scores(path, fixed, tol), strict=True):
-                done[part] = result
-                if folder:
-                    cache.write(folder, keys[part], result)
+            results = dict(zip(batch, _scores(path, fixed, tol), strict=True))
+            for part, result in results.items():
+                for name in ("scores", "gap", "probability"):
+                    expect_numbers(lm, result[name].reshape(1, -1), [part.ids], name)
+            done |= results
+            if kept:
+                kept.write({names[part]: result for part, result in results.items()})
             bar.update(len(batch))
 
     out = {f.name: torch.stack([done[group[0]][f.name] for group in parts]) for f in fields(Attribution)}
@@ -147,9 +158,15 @@ def attribute(
 
 def _fixed(quadrature, steps: int | None) -> tuple[np.ndarray, np.ndarray] | None:
     if not isinstance(quadrature, str):
-        nodes, weights = (np.asarray(x, dtype=float) for x in quadrature)
-        if nodes.shape != weights.shape or nodes.ndim != 1 or not len(nodes):
-            raise ValueError(f"nodes and weights must be two lists of one length, got {nodes.shape}, {weights.shape}")
+        if steps is not None:
+            raise ValueError("steps belong to a quadrature that has a name; the nodes given say how many there are")
+        if not isinstance(quadrature, Sequence | np.ndarray | Tensor) or len(quadrature) != 2:
+            raise ValueError(f"a quadrature is a name or a pair (nodes, weights), got {quadrature!r:.80}")
+        nodes, weights = (checks.reals(x, what) for x, what in zip(quadrature, ("nodes", "weights"), strict=True))
+        if len(nodes) != len(weights):
+            raise ValueError(f"nodes and weights must be two lists of one length, got {len(nodes)} and {len(weights)}")
+        if not ((nodes >= 0) & (nodes <= 1)).all() or not np.isfinite(weights).all():
+            raise ValueError("nodes must be from 0 to 1, the ends of the path, and weights finite numbers")
         return nodes, weights
     if quadrature == "gauss" and steps is None:
         return None

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
-from functools import cache
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from kncore import disk
+from kncore import disk, fingerprint, state
 from kncore.models import LM, cache_folder
-from kncore.tokens import Encoded
-
-CODE = ("arch", "attribution", "replay")  # the modules whose text decides a score
 
 
 def scores_folder() -> Path:
@@ -26,37 +21,52 @@ def scores_folder() -> Path:
     return Path(os.environ.get("KNCORE_SCORES") or cache_folder() / "scores")
 
 
-@cache
-def code_version(modules: tuple[str, ...] = CODE) -> str:
-    """Hash of the text of some modules; by default of the code that computes scores."""
-    texts = [Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8") for module in modules]
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+@dataclass(frozen=True)
+class Store:
+    """Results of one kind for one model as it is now; `decided` is the hash of all that they have in common.
+
+    What a result depends on besides goes into its name as `settings`: the token ids that were read, and what was asked.
+    """
+
+    lm: LM
+    folder: Path
+    content: str
+    decided: str
+
+    def name(self, settings: dict) -> str:
+        """The name of a result, the hash of everything that it depends on."""
+        return fingerprint.digest(self.decided, settings)
+
+    def read(self, name: str) -> dict[str, Tensor] | None:
+        """The stored result, or None where there is none, or a damaged one."""
+        return disk.kept(self.folder / name[:2] / f"{name}.safetensors")
+
+    def write(self, results: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Store results by their names; a reader sees all of one or nothing of it.
+
+        Where the folder cannot be written, that is said once. Raises RuntimeError where the model is no longer what it
+        was when the store was opened: then nothing is stored, and what was computed is not to be used.
+        """
+        if state.content(self.lm.model) != self.content:
+            raise RuntimeError(
+                f"{self.lm.name} was changed while it computed (a weight, a module or a hook): the result mixes two "
+                "models and is not stored; ask again, and leave the model alone meanwhile"
+            )
+        for name, result in results.items():
+            disk.keep(self.folder / name[:2] / f"{name}.safetensors", result)
 
 
-def key(lm: LM, encoded: Encoded, settings: dict) -> str:
-    """Name of the scores of one query."""
-    return name(lm, {**settings, "query": [encoded.ids, encoded.position, encoded.target]}, CODE)
+def store(lm: LM, *functions: Callable) -> Store | None:
+    """The store of what `functions` give for a model; None where it cannot be said what the model computes.
 
-
-def name(lm: LM, settings: dict, modules: tuple[str, ...]) -> str:
-    """Name of a result: everything it depends on, hashed; `modules` are those whose text decides it."""
-    told = [lm.revision, lm.spec.family, str(lm.dtype), str(lm.device.type), code_version(modules), settings]
-    told += [version("torch"), version("transformers"), "sealed"]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def read(folder: Path, name: str) -> dict[str, Tensor] | None:
-    """The stored result, or None where there is none, or a damaged one."""
-    return disk.kept(_place(folder, name))
-
-
-def write(folder: Path, name: str, result: dict[str, Tensor]) -> None:
-    """Store a result; a reader sees all of it or nothing. Where the folder cannot be written, that is said once."""
-    disk.keep(_place(folder, name), result)
-
-
-def _place(folder: Path, name: str) -> Path:
-    return folder / name[:2] / f"{name}.safetensors"
+    That is so where hooks hang on it or its modules were replaced: nothing is looked up and nothing stored then.
+    """
+    content = state.content(lm.model)
+    if content is None:
+        return None
+    decided = [lm.revision, content, asdict(lm.spec), str(lm.dtype), lm.device.type]
+    decided += [fingerprint.code(*functions), fingerprint.versions(), "sealed"]
+    return Store(lm, scores_folder(), content, fingerprint.digest(*decided))
 
 
 class Entry(NamedTuple):

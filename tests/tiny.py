@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kncore.arch import spec_for
-from kncore.models import LM, _state
+from kncore.models import LM
 
 WORDS = "the a capital of is in France Spain Paris Madrid these this books book cat cats red Anna saw . ,".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -66,4 +66,4 @@ def lm(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> LM:
     """A tiny model as `kncore.load` would give it."""
     spec = spec_for(family)
     built = model(family, seed).to(dtype)
-    return LM(f"tiny-{family}", f"seed{seed}", built, tokenizer(spec.masked), spec, _state(built))
+    return LM(f"tiny-{family}", f"seed{seed}", built, tokenizer(spec.masked), spec)
