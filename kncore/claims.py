@@ -11,10 +11,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
@@ -22,42 +24,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from kncore import cache, disk
+from kncore import arch, disk, fingerprint, models, resources, stored, tasks
 from kncore.models import LM
+from kncore.resources import DATA
 from kncore.stats import Estimate
-from kncore.tasks import DATA
+from kncore.stored import visible
 
 VERDICTS = ("supported", "contradicted", "inconclusive")
-# The modules whose text can decide a number of a record. This one is not among them: rule and verdict are compared.
-CODE = (
-    "arch",
-    "attribution",
-    "cache",
-    "cases",
-    "corpus",
-    "covariance",
-    "criteria",
-    "disk",
-    "editors",
-    "effects",
-    "finetune",
-    "grammar",
-    "interventions",
-    "memit",
-    "models",
-    "neurons",
-    "predictions",
-    "public",
-    "replay",
-    "rome",
-    "stats",
-    "tasks",
-    "tokens",
-    "tracing",
-    "words",
-)
-
-
+DECIDING = ("torch", "transformers")  # the packages whose version decides a number
 @dataclass(frozen=True)
 class Claim:
     """A claim and its rule.
@@ -505,16 +479,43 @@ def results_folder() -> Path:
     return next((f / "results" for f in (here, *here.parents) if (f / "_toc.yml").is_file()), here / "results")
 
 
-@functools.cache
-def code_version() -> str:
-    """Hash of all in the package that can decide a number of a record: the modules in `CODE` and the data files."""
-    digest = hashlib.sha256(cache.code_version(CODE).encode())
-    data = Path(__file__).with_name("data")
-    for path in sorted(data.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            digest.update(f"\0{path.relative_to(data).as_posix()}\0".encode())
-            digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()[:16]
+def find_notebook(chapter: str) -> Path | None:
+    """The notebook of a chapter in the first folder upwards that has it, else in the checkout this package is in."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
+        if found := sorted((folder / "notebooks").glob(f"{chapter}-*.ipynb")):
+            return found[0]
+    return None
+
+
+def code(claim: Claim, family: str, notebook: Path | None = None) -> str:
+    """Hash of the code that decides a record: of its notebook's cells up to the one that records it, with all that they
+    reach in this package but figures and claims, and of where the model's family has its parts.
+
+    Without a notebook, the cells are those that ran in this kernel, or else those of the chapter's notebook.
+    """
+    cells = None if notebook else _ran()
+    if cells is None:
+        found = notebook or find_notebook(claim.chapter)
+        cells = _cells(found, found.stat().st_mtime_ns, claim.id) if found else ()
+    return fingerprint.digest(fingerprint.code_of(cells), asdict(arch.SPECS[family]))[:16]
+
+
+def _ran() -> tuple[str, ...] | None:
+    """The cells that have run in this kernel, each once, but for parameters that papermill put in; None outside one."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is None:
+        return None
+    return tuple(dict.fromkeys(cell for cell in shell.user_ns["In"] if not cell.startswith("# Parameters")))
+
+
+@functools.lru_cache(maxsize=256)
+def _cells(notebook: Path, changed: int, claim_id: str) -> tuple[str, ...]:
+    """The code cells of a notebook as it was last `changed`, up to the first that records the claim."""
+    cells = [cell.source for cell in stored.read(notebook).cells if cell.cell_type == "code"]
+    records = re.compile(rf"""claims\.record\(\s*(["']{re.escape(claim_id)}["']|[^"'\s])""")
+    last = next((i for i, cell in enumerate(cells) if records.search(cell)), len(cells) - 1)
+    return tuple(cells[: last + 1])
 
 
 def package_version(name: str = "kncore") -> str:
@@ -543,7 +544,7 @@ class Verdict:
     def _repr_html_(self) -> str:
         verdict = self.word
         told = (self.model, self.claim.statement, self.claim.metric, str(self.estimate), self.claim.rule)
-        model, statement, metric, estimate, rule = map(escape, told)
+        model, statement, metric, estimate, rule = (escape(visible(text)) for text in told)
         return (
             f'<div class="verdict {verdict} mathjax_ignore"><strong>{verdict.capitalize()} on {model}.</strong> '
             f"{statement}<br>"
@@ -559,8 +560,13 @@ def record(
     `known` lowers n to the number of units that the model knows: unknown ones are no evidence either way. `parameters`
     are kept as they are given. `date` is the day (UTC) on which these numbers were first recorded: a record that says
     the same on another date stays as it is. Raises KeyError for a claim that is not declared and ValueError for an
-    estimate that is not a number.
+    estimate that is not a number, and for a model that was changed since it was loaded.
     """
+    if lm.touched:
+        raise ValueError(
+            f"{lm.name} is not as it was loaded, and a record speaks of the loaded model: end the intervention, or "
+            "load it anew"
+        )
     if known is not None:
         estimate = estimate._replace(n=min(estimate.n, known))
     # Six digits are more than an estimate has: stored records then agree between machines.
@@ -576,12 +582,14 @@ def record(
         **{name: value if math.isfinite(value) else None for name, value in estimate._asdict().items()},
         "model": lm.name,
         "revision": lm.revision,
+        "family": lm.spec.family,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "source": source,
         "seed": seed,
         "parameters": parameters,
-        "code": code_version(),
-        "versions": {name: package_version(name) for name in ("kncore", "torch", "transformers", "numpy", "scipy")},
+        "code": code(claim, lm.spec.family),
+        "data": resources.noted(),
+        "versions": {name: package_version(name) for name in ("kncore", *DECIDING, "numpy", "scipy")},
         "date": _today(),
     }
     told["checksum"] = checksum(told)
@@ -633,15 +641,50 @@ def stale(told: Mapping) -> list[str]:
         return ["it has no checksum"]
     if told["checksum"] != checksum(told):
         return ["edited after it was recorded"]
-    claim, package = CLAIMS[told["claim"]], told["versions"]["kncore"]
+    claim, notebook = CLAIMS[told["claim"]], find_notebook(told["chapter"])
     found = {
-        "the code has changed since": told["code"] != code_version(),
+        "the code has changed since": told["code"] != code(claim, told["family"], notebook),
+        "the statement has changed since": told["statement"] != claim.statement,
         "the rule has changed since": told["rule"] != claim.rule,
         "the metric has changed since": told["metric"] != claim.metric,
+        f"the claim is of chapter {claim.chapter} now": told["chapter"] != claim.chapter,
         "the rule now gives another verdict": told["verdict"] != claim.verdict(_estimate(told)),
-        f"recorded with kncore {package}, this is {package_version()}": package != package_version(),
     }
+    for name in ("kncore", *DECIDING):
+        recorded, now = told["versions"].get(name), package_version(name)
+        found[f"recorded with {name} {recorded}, this is {now}"] = recorded != now
+    for name, recorded, now in _settings(told, notebook):
+        found[f"recorded with {name} {recorded}, it is {now} now"] = recorded != now
+    for name, recorded in told["data"].items():
+        found[f"the data of {name} have changed since"] = recorded != _data(name)
     return [reason for reason, holds in found.items() if holds]
+
+
+def _settings(told: Mapping, notebook: Path | None) -> Iterator[tuple[str, object, object]]:
+    """What a record was made with, and what a run of its chapter would be made with now: (name, recorded, now)."""
+    if told["model"] in models.REGISTRY:
+        yield "revision", told["revision"], models.identity(told["model"])[1]
+    yield "dtype", told["dtype"], str(models.place("cpu")[1]).removeprefix("torch.")
+    recorded = {"seed": told["seed"], "source": told["source"], **told["parameters"]}
+    defaults = _defaults(notebook, notebook.stat().st_mtime_ns) if notebook else {}
+    for name in recorded.keys() & defaults.keys():
+        yield f"{name} =", recorded[name], defaults[name]
+
+
+@functools.lru_cache(maxsize=64)
+def _defaults(notebook: Path, changed: int) -> dict[str, object]:
+    """The parameters of a notebook, as it was last `changed`."""
+    return stored.parameters(stored.read(notebook))
+
+
+@functools.cache
+def _data(name: str) -> str:
+    """Hash of a part of the package's data as it is now, see `resources`; "" where there is none."""
+    try:
+        relation = name.removeprefix("relation ")
+        return resources.digest(tasks.describe(relation) if relation != name else (DATA / name).read_text("utf-8"))
+    except (OSError, ValueError):
+        return ""
 
 
 def _estimate(told: Mapping) -> Estimate:
@@ -657,8 +700,8 @@ def _check(record: Mapping) -> None:
     if not isinstance(record, dict):
         raise TypeError("it is no mapping")
     json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # refuses infinity and halves of characters
-    texts = "claim chapter statement metric rule verdict model revision dtype source code".split()
-    numbers, others = "value low high n seed".split(), ["parameters", "versions"]
+    texts = "claim chapter statement metric rule verdict model revision family dtype source code".split()
+    numbers, others = "value low high n seed".split(), ["parameters", "data", "versions"]
     if missing := [name for name in (*texts, *numbers, *others) if name not in record]:
         raise KeyError(f"no {', '.join(missing)}")
     for name in (*texts, *({"date", "checksum"} & record.keys())):
@@ -673,7 +716,7 @@ def _check(record: Mapping) -> None:
     if n < 0 or low > high:
         raise ValueError(f"its interval is {low} to {high}, its n is {n}")
     if not all(isinstance(record[name], dict) for name in others):
-        raise TypeError("its parameters and versions are not names with values")
+        raise TypeError("its parameters, data and versions are not names with values")
     if not all(isinstance(version, str) for version in (record["versions"]["kncore"], *record["versions"].values())):
         raise TypeError("its versions are not names with texts")
     CLAIMS[record["claim"]].verdict(estimate)
