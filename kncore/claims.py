@@ -712,14 +712,15 @@ def _check(record: Mapping) -> None:
         finite = type(value) in ((int,) if whole else (int, float)) and abs(value) < 1e300
         if not finite and not (value is None and name in ("low", "high")):
             raise TypeError(f"its {name} is {value!r:.80}, and a {'whole ' * whole}number is expected")
-    _, low, high, n = estimate = _estimate(record)
-    if n < 0 or low > high:
-        raise ValueError(f"its interval is {low} to {high}, its n is {n}")
     if not all(isinstance(record[name], dict) for name in others):
         raise TypeError("its parameters, data and versions are not names with values")
     if not all(isinstance(version, str) for version in (record["versions"]["kncore"], *record["versions"].values())):
         raise TypeError("its versions are not names with texts")
-    CLAIMS[record["claim"]].verdict(estimate)
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in record["data"]):
+        raise ValueError(f"its data {list(record['data'])!r:.80} are not those of the package")
+    if not re.fullmatch(r"\d\d", record["chapter"], re.ASCII) or record["family"] not in arch.SPECS:
+        raise ValueError(f"its chapter is {record['chapter']!r:.80}, its family {record['family']!r:.80}")
+    CLAIMS[record["claim"]].verdict(_estimate(record))
     VERDICTS.index(record["verdict"])
 
 

@@ -6,6 +6,7 @@ runs have left beside them (`pipeline.took`), from the configuration and from gi
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -16,19 +17,23 @@ import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import nbformat
 import yaml
 
 from kncore import stored
-from kncore.pages import _code, _list_table, _text, files
+from kncore.pages import _code, _line, _list_table, _text, files
 from kncore.pipeline import Chapter, chapters, compares, slug, took, write
 
 UNKNOWN = "not recorded"
+NOTED = {"seconds": int, "threads": str, "date": str, "kncore": str, "torch": str, "transformers": str}
 SOURCES = {"own": "written for this book", "corpus": "the corpus of this book, whose every count is known"}
 COLAB = "https://colab.research.google.com/github"
+_FORMULA = re.compile(r"[\t\r\n]|[\s\x00-\x1f\u200b\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
 BRANCH = "colab"  # where the workflow `pages` puts what `install_cell` was added to
 
 
@@ -95,15 +100,16 @@ def take_away(root: Path, staging: Path) -> Path:
     """Write into <staging>/site what readers can take away, in the places that it has on the rendered site; the folder.
 
     `_sources` has each notebook as it ran, without what staging adds; `records` the records of each chapter and of
-    all, on every model, as CSV and JSON; `archives` for each notebook a ZIP file with it, the records of its chapter,
-    the data of the package and the licence; `colab`, where the repository is known, each chapter with an install cell.
+    all, on every model, as JSON, exactly, and as CSV, in which no text is a formula (see `_csv`); `archives` for each
+    notebook a ZIP file with it, the records of its chapter, the data of the package and the licence; `colab`, where the
+    repository is known, each chapter with an install cell.
     """
     site = staging / "site"
     found = {chapter.number: chapter for chapter in chapters(staging)}
     runs = sorted((staging / "book" / "runs").glob("*/*.ipynb"))
     everything = records(staging)
     for number in ["", *found]:
-        told = [record for record in everything if number in ("", record["chapter"])]
+        told = [record for record in everything if number in ("", _chapter(record))]
         if not told:
             continue
         write(site / "records" / f"{number or 'all'}.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
@@ -137,6 +143,13 @@ if importlib.util.find_spec("kncore") is None:
     return nbformat.from_dict(cell | {"id": "install"})
 
 
+def _chapter(record: Mapping) -> str:
+    """The chapter in which the claim of a record stands today."""
+    from kncore import claims
+
+    return claims.CLAIMS[record["claim"]].chapter
+
+
 def records(staging: Path) -> list[dict]:
     """All records of the staged book, each with `stale`: why it no longer stands."""
     from kncore import claims
@@ -144,18 +157,25 @@ def records(staging: Path) -> list[dict]:
     return [{**told, "stale": claims.stale(told)} for told in claims.read(staging / "results")]
 
 
-def _csv(told: Sequence[Mapping]) -> str:
+def _csv(records: Sequence[Mapping]) -> str:
+    """Records as a table, numbers as they are; an apostrophe stands before text that a spreadsheet would compute."""
     import pandas as pd
 
-    plain = [
-        {**record, "parameters": json.dumps(record.get("parameters", {})), "stale": "; ".join(record["stale"])}
-        for record in told
+    rows = [
+        {**record, "parameters": json.dumps(record["parameters"]), "stale": "; ".join(record["stale"])}
+        for record in records
     ]
-    return pd.json_normalize(plain).to_csv(index=False, lineterminator="\n")
+    table = pd.json_normalize(rows).rename(columns=_no_formula).map(_no_formula)
+    return table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+
+
+def _no_formula(cell: object) -> object:
+    """A cell of a table; text that begins as a formula does, blanks aside, begins with an apostrophe instead."""
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
 def _archive(root: Path, site: Path, place: Path) -> None:
-    from kncore.tasks import DATA
+    from kncore.resources import DATA
 
     number, source = place.name[:2], Path(str(DATA))
     inside = {place.name: site / "_sources" / place, "LICENSE": root / "LICENSE"}
@@ -209,9 +229,8 @@ def provenance(known: Origin, staging: Path, everything: Sequence[Mapping], chap
     """
     name = place.parent.name if place.parts[0] != "notebooks" else ""
     mine = name or ("" if compares(chapter) else slug(str(chapter.defaults.get("model", ""))))
-    told = [r for r in everything if r["chapter"] == chapter.number and mine in ("", slug(r["model"]))]
-    note = took(staging / "results", chapter, {"model": name} if name else None)
-    ran = tomllib.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    told = [r for r in everything if _chapter(r) == chapter.number and mine in ("", slug(r["model"]))]
+    ran = note(took(staging / "results", chapter, {"model": name} if name else None))
 
     # A chapter without claims has no record; those of its model say what the model was.
     alike = told or [r for r in everything if slug(r["model"]) == mine]
@@ -235,7 +254,7 @@ def provenance(known: Origin, staging: Path, everything: Sequence[Mapping], chap
 
     up, number = "../" * (len(place.parts) - 1), chapter.number
     away = [("notebook as it ran", f"_sources/{place.as_posix()}")]
-    if any(r["chapter"] == number for r in everything):
+    if any(_chapter(r) == number for r in everything):
         away += [("its records on every model", f"records/{number}.csv"), ("the same", f"records/{number}.json")]
     away += [("all of these with the data", f"archives/{_archive_name(place)}")]
     links = [f'<a href="{up}{quote(path)}" download>{what} ({Path(path).suffix})</a>' for what, path in away]
@@ -245,10 +264,37 @@ def provenance(known: Origin, staging: Path, everything: Sequence[Mapping], chap
     return "## Where this page comes from\n\n" + _list_table(rows, "origin", stub=True, heads=0)
 
 
+def note(path: Path) -> dict[str, Any]:
+    """What a run left beside its records (`pipeline.took`), {} where there is no such file.
+
+    Raises ValueError for a file that a run has not left: it is no TOML, or a value is not of its kind.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name in {*found, "seconds", "threads", "date"} & NOTED.keys():
+            if type(found.get(name)) is not NOTED[name]:
+                raise ValueError(f"its {name} is {found.get(name)!r:.80}, expected {NOTED[name].__name__}")
+        if not 0 <= found["seconds"] < 2**31:
+            raise ValueError(f"its seconds are {found['seconds']}")
+        date.fromisoformat(found["date"])
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not what a run notes ({why}); run its chapter anew, or delete it") from error
+    return found
+
+
+def check_notes(results: Path) -> None:
+    """Raises ValueError for the first note of a run below a folder of records that is none."""
+    for path in sorted([*results.glob("[0-9][0-9].toml"), *results.glob("*/[0-9][0-9].toml")]):
+        note(path)
+
+
 def _ran(ran: Mapping) -> str:
     if not ran:
         return UNKNOWN
-    threads = "one thread" if ran["threads"] == "1" else f"{ran['threads']} threads"
+    threads = "one thread" if ran["threads"] == "1" else f"{_text(ran['threads'])} threads"
     return (
         f"{ran['seconds']} s on {threads}, on {_text(ran['date'])}; what earlier runs had stored was not computed again"
     )
@@ -283,17 +329,17 @@ def bibtex(known: Origin, page: str, title: str) -> str:
     model = parts[2] if parts[:2] == ("book", "runs") else ""
     number = re.match(r"\d\d", parts[-1])
     key = ["kncore"] + [model] * bool(model) + [number[0] if number else parts[-1]] * (not whole)
-    on = f", run on {model}" if model and number else ""
+    on = f", run on {_line(model)}" if model and number else ""
     fields = {
         "author": f"{{{_tex(known.author)}}}",
         "title": f"{{{_tex(known.title if whole else title + on)}}}",
         "howpublished": "" if whole else f"In: {_tex(known.title)}",
         "year": known.year,
         "note": f"kncore {package_version()}" + f", commit {known.commit[:12]}" * bool(known.commit),
-        "url": f"{known.site}/{page}.html" if known.site else known.repository,
+        "url": f"{known.site}/{quote(page)}.html" if known.site else known.repository,
     }
     lines = [f"  {name} = {{{value}}}" for name, value in fields.items() if value.strip("{}")]
-    return f"@misc{{{'-'.join(key)},\n" + ",\n".join(lines) + "\n}"
+    return f"@misc{{{re.sub(r'[^A-Za-z0-9_.-]+', '-', '-'.join(key))},\n" + ",\n".join(lines) + "\n}"
 
 
 def _tex(text: str) -> str:

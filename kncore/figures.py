@@ -17,10 +17,12 @@ from torch import Tensor
 
 from kncore.neurons import Neuron, top
 from kncore.stats import Estimate
+from kncore.stored import visible
 
 # Okabe and Ito's colours, told apart by colour-blind readers: facts, grammar, baselines.
 FACTS, GRAMMAR, BASELINE, ACCENT = "#0072B2", "#D55E00", "#7F7F7F", "#009E73"
 PALETTE = [FACTS, GRAMMAR, ACCENT, "#56B4E9", "#CC79A7", BASELINE]
+_BEGINS = re.compile(r"^(?=[#%:=+(-])|^(\d+)(?=[.)])")  # a heading, a comment, a label, an item of a list
 
 
 def setup() -> None:
@@ -48,12 +50,13 @@ def table(rows: Sequence[Mapping] | pd.DataFrame) -> HTML:
 
 def plain(text: str) -> str:
     """Text of a model or of data for a Markdown output, which shows it as it is: no markup, HTML or mathematics."""
-    return re.sub(r"([\\`*_{}\[\]<>$&!|~])", r"\\\1", " ".join(text.split()))
+    escaped = re.sub(r"([\\`*_{}\[\]<>$&!|~])", r"\\\1", visible(" ".join(text.split())))
+    return _BEGINS.sub(r"\1\\", escaped)
 
 
 def _label(text: object) -> str:
-    """A label that Matplotlib draws as it is; two dollars would begin and end mathematics."""
-    return str(text).replace("$", r"\$")
+    """A label that Matplotlib draws as it is: two dollars are mathematics to it, and a legend leaves out `_name`."""
+    return " " * str(text).startswith("_") + visible(text).replace("$", r"\$")
 
 
 def attribution_map(
@@ -102,7 +105,7 @@ def block_shares(curves: Mapping[str, Sequence[float]], ylabel: str, colours: Se
     _, ax = plt.subplots(figsize=(8, 2.8))
     for i, (label, curve) in enumerate(curves.items()):
         colour = colours[i] if colours else PALETTE[i % len(PALETTE)]
-        ax.plot(range(len(curve)), curve, marker="o", ms=3.5, lw=1.5, label=label, color=colour)
+        ax.plot(range(len(curve)), curve, marker="o", ms=3.5, lw=1.5, label=_label(label), color=colour)
     ax.axhline(0, color="black", lw=0.6)
     ax.set(xlabel="block", ylabel=ylabel)
     if len(curves) > 1:
@@ -152,7 +155,7 @@ def grouped(
         if began:
             ax.plot(list(began.values()), list(began), "o", ms=5, mec=colour, mfc="white")
         values = [estimate.value for _, estimate in here]
-        ax.plot(values, [y for y, _ in here], "o", ms=5, color=colour, label=label)
+        ax.plot(values, [y for y, _ in here], "o", ms=5, color=colour, label=_label(label))
     if before:
         ax.plot([], [], "o", ms=5, mec="black", mfc="white", label="before")
     _label_rows(ax, list(rows), xlabel, zero)
@@ -184,7 +187,7 @@ def scatter(
             ax.axvline(0, color="black", lw=0.6)
         for kind, colour in colours.items():
             part = table[table[by] == kind]
-            ax.plot(part[column], part[up], "o", ms=3, alpha=0.45, mew=0, color=colour, label=kind)
+            ax.plot(part[column], part[up], "o", ms=3, alpha=0.45, mew=0, color=colour, label=_label(kind))
         line = {"color": "black", "lw": 1.4}
         sns.regplot(table, x=column, y=up, scatter=False, line_kws=line, n_boot=1000, seed=seed, ax=ax)
         ax.set(xlabel=label, ylabel="")
@@ -220,10 +223,12 @@ def curves(
             ax.set_xscale("log")
         else:
             ax.axhline(0, color="black", lw=0.6)
-        ax.set(title=title, xlabel=xlabel)
+        ax.set(title=_label(title), xlabel=xlabel)
         ax.grid(axis="y", lw=0.4)
     axes[0, 0].set_ylabel(ylabel)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(
+        handles.values(), map(_label, handles), loc="outside upper center", ncols=3, frameon=False, fontsize=9
+    )
     return axes[0]
 
 
@@ -250,7 +255,7 @@ def word_changes(
                 ax.plot([at[word]] * 2, ends, color=colours[label], lw=2, solid_capstyle="round")
                 face = colours[label] if significant else "white"
                 ax.plot(at[word], 100 * estimate.value, "o", ms=6, mec=colours[label], mfc=face)
-            ax.plot([], [], "o", color=colours[label], label=label)
+            ax.plot([], [], "o", color=colours[label], label=_label(label))
         for label, values in (marks or {}).get(title, {}).items():
             ax.plot(
                 [at[word] for word in values if word in at],
@@ -259,7 +264,7 @@ def word_changes(
                 ms=6,
                 mfc="none",
                 color=BASELINE if label == next(iter(marked)) else "black",
-                label=label,
+                label=_label(label),
             )
         ax.axhline(0, color="black", lw=0.6)
         ax.set_yscale("symlog", linthresh=100)
@@ -268,7 +273,7 @@ def word_changes(
         ax.set_yticks(sorted({sign * tick for tick in ticks for sign in (1, -1)}))
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}".replace(",", " ").replace("-", "−") if y else "0")
         ax.minorticks_off()
-        ax.set_title(title, loc="left")
+        ax.set_title(_label(title), loc="left")
         ax.set_ylabel("change of mean P (%)")
         ax.grid(axis="y", lw=0.4)
         ax.set_xticks(
@@ -321,7 +326,7 @@ def trace_maps(
         ax.set_yticks(range(len(words)), labels=[] if again else words, fontsize=8)
         step = max(1, round(len(blocks) / 6))
         ax.set_xticks(range(0, len(blocks), step), labels=blocks[::step])
-        ax.set(xlabel="block", title=title)
+        ax.set(xlabel="block", title=_label(title))
         ax.tick_params(length=2)
         sns.despine(ax=ax, left=True, bottom=True)
         shown = {"words": words, "image": image}
@@ -396,7 +401,7 @@ def depths(groups: Mapping[str, Sequence[Neuron]], n_blocks: int, colours: Seque
     for i, (label, neurons) in enumerate(groups.items()):
         counts = np.bincount([neuron.block for neuron in neurons], minlength=n_blocks)
         where = np.arange(n_blocks) + (i - (len(groups) - 1) / 2) * width
-        ax.bar(where, counts / max(1, counts.sum()), width, color=colours[i], label=f"{label} ({counts.sum()})")
+        ax.bar(where, counts / max(1, counts.sum()), width, color=colours[i], label=f"{_label(label)} ({counts.sum()})")
     ax.set(xlabel="block", ylabel="share of refined neurons")
     ax.legend(frameon=False)
     return ax
@@ -415,9 +420,9 @@ def token_rows(rows: Mapping[str, tuple[Sequence[str], Sequence[float]]], label:
     shown = ax.imshow(image, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, (tokens, numbers) in enumerate(rows.values()):
         for at, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
-            text = token.strip().replace("$", r"\$") + (f"\n{number:.2f}" if abs(number) >= 0.1 else "")
+            text = _label(token.strip()) + (f"\n{number:.2f}" if abs(number) >= 0.1 else "")
             ax.text(at, i, text, ha="center", va="center", fontsize=6.5, color="white" if number > 0.6 else "black")
-    ax.set_yticks(range(len(rows)), labels=list(rows))
+    ax.set_yticks(range(len(rows)), labels=list(map(_label, rows)))
     ax.set_xticks([])
     ax.set_xlabel("token of the prompt")
     ax.tick_params(length=0)

@@ -7,10 +7,12 @@ row under the reader's finger, and `pinned`, rows that stay marked. Without the 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from kncore.neurons import Neuron, top
 from kncore.stats import Estimate
+from kncore.stored import visible
 
 MIME = "application/vnd.vegalite.v5+json"
 DIGITS = 4
@@ -132,7 +135,7 @@ def trace_maps(
     The traces are of one prompt: tokens and blocks are those of the first.
     """
     _, tokens, blocks, (first, last) = next(iter(traces.values()))
-    shown = [word.strip() + "*" * (first <= place <= last) for place, word in enumerate(tokens)]
+    shown = [visible(word.strip()) + "*" * (first <= place <= last) for place, word in enumerate(tokens)]
     rows = [
         (site, place, blocks[at], float(value))
         for site, (effect, *_) in traces.items()
@@ -277,7 +280,7 @@ def combine(spec: Spec, others: Sequence[Spec]) -> Spec:
     if len(told) < 2:
         return spec
     whole, names = copy.deepcopy(spec), list(told)
-    whole["data"]["values"] = data(*told.values()).to_csv(index=False)
+    whole["data"]["values"] = _texts(*told.values()).to_csv(index=False)
     choose = {
         "model": {"input": "select", "options": names, "name": "Model"},
         "beside": {"input": "select", "options": ["", *names], "labels": ["none", *names], "name": "Dashed"},
@@ -289,16 +292,23 @@ def combine(spec: Spec, others: Sequence[Spec]) -> Spec:
 
 
 def data(*specs: Spec) -> pd.DataFrame:
-    """The rows of specifications, one below the other."""
-    return pd.concat(
-        [pd.read_csv(io.StringIO(spec["data"]["values"]), keep_default_na=False, na_values=[""]) for spec in specs]
-    )
+    """The rows of specifications, one below the other: numbers where they declare them, else text."""
+    parsed = {name for spec in specs for name in spec["data"].get("format", {}).get("parse", ())}
+    rows = _texts(*specs)
+    return rows.assign(**{name: pd.to_numeric(rows[name]) for name in rows if name in parsed})
+
+
+def _texts(*specs: Spec) -> pd.DataFrame:
+    """The rows of specifications as they stand there: a model called 010 is no number."""
+    read = functools.partial(pd.read_csv, dtype=str, keep_default_na=False, na_values=[""])
+    return pd.concat([read(io.StringIO(spec["data"]["values"])) for spec in specs])
 
 
 def markup(spec: Spec, figure: int) -> str:
     """HTML that the book's script reads: the specification, as of the figure of that number in the cell above."""
-    told = json.dumps(spec, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    begin = f'<div class="look" data-look="{spec["usermeta"]["look"]}" data-figure="{figure}">'
+    # In ASCII, since what reads the page takes some other characters for line ends.
+    told = json.dumps(spec, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    begin = f'<div class="look" data-look="{escape(str(spec["usermeta"]["look"]))}" data-figure="{figure}">'
     return f'{begin}<script type="application/json">{told}</script></div>'
 
 
@@ -306,7 +316,7 @@ def _spec(
     kind: str, rows: pd.DataFrame, transform: Sequence[Spec], params: Sequence[Spec] = (), **rest: object
 ) -> Spec:
     """A specification of the house: data as CSV with numbered rows, and the parameters that the script sets."""
-    exact = rows.apply(lambda column: column.map(_short) if column.dtype == float else column)
+    exact = rows.apply(lambda column: column.map(_short if column.dtype == float else _shown))
     set_by_script = [{"name": "on", "value": 0}, {"name": "pinned", "value": []}, {"name": "ink", "value": "black"}]
     parse = {name: "number" for name in exact.select_dtypes("number")}  # else a sum of columns would join their text
     numbered = {"window": [{"op": "row_number", "as": "row"}]}
@@ -329,6 +339,10 @@ def _points(told: Sequence[Spec], size: int) -> Spec:
             "tooltip": told,
         },
     }
+
+
+def _shown(value: object) -> object:
+    return visible(value) if isinstance(value, str) else value
 
 
 def _short(value: float) -> float:

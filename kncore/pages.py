@@ -8,8 +8,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import yaml
@@ -147,18 +147,18 @@ def marks(staging: Path) -> str:
         words = f"{verdict}{', stale' if old else ''}: {claim.statement}"
         more = f" {claims.effect(told)}, n = {told['n']}" if told else ""
         return (
-            f'<span class="told {verdict.replace(" ", "-")}{old}" role="img" aria-label="{escape(words)}" '
-            f'title="{escape(words + more)}"></span>'
+            f'<span class="told {verdict.replace(" ", "-")}{old}" role="img" aria-label="{_html(words)}" '
+            f'title="{_html(words + more)}"></span>'
         )
 
     lines = ["```{raw} html", '<div class="pst-scrollable-table-container"><table class="table marks">']
-    heads = "".join(f'<th scope="col"><code>{escape(model)}</code></th>' for model in models)
+    heads = "".join(f'<th scope="col"><code>{_html(model)}</code></th>' for model in models)
     lines.append(f'<thead><tr><th scope="col">Chapter</th>{heads}</tr></thead><tbody>')
     for number in dict.fromkeys(claim.chapter for claim in claims.CLAIMS.values()):
         mine = [claim for claim in claims.CLAIMS.values() if claim.chapter == number]
-        name = escape(_title(found[number].path)) if number in found else f"Chapter {number}"
+        name = _html(_title(found[number].path)) if number in found else f"Chapter {number}"
         page = f"notebooks/{found[number].path.stem}" if number in found else ""
-        head = f'<a href="../{page}.html">{name}</a>' if page in shown else name
+        head = f'<a href="../{quote(page)}.html">{name}</a>' if page in shown else name
         cells = "".join(f"<td>{''.join(mark(claim, model) for claim in mine)}</td>" for model in models)
         lines.append(f'<tr><th scope="row">{head}</th>{cells}</tr>')
     return "\n".join([*lines, "</tbody></table></div>", "```"]) + "\n"
@@ -201,8 +201,8 @@ def claims_table(root: Path) -> str:
         first = [told.get((mine[0].id, name)) for name in names]
         effects = [f"{claims.effect(r)}, {r['verdict']}" for r in first if r] or ["not run"]
         signs = [" ".join(row([(claim.id, name) for claim in mine])) for name in names]
-        link = f"[{_title(chapter.path)}](notebooks/{chapter.path.name})"
-        rows.append([link, mine[0].statement, "<br>".join(effects), "<br>".join(signs)])
+        title = f"[{_title(chapter.path)}](notebooks/{link(chapter.path.name)})"
+        rows.append([title, mine[0].statement, "<br>".join(effects), "<br>".join(signs)])
     return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows) + "\n"
 
 
@@ -224,7 +224,7 @@ def claims_matrix(staging: Path) -> str:
         name, default = found[number].path.stem, found[number].defaults.get("model")
         here = model in (None, default) or compares(found[number])
         page = f"notebooks/{name}" if here else f"book/runs/{slug(model)}/{name}"
-        return f"[{word}]({Path(os.path.relpath(page, 'book')).as_posix()}.ipynb)" if page in pages else word
+        return f"[{word}]({link(os.path.relpath(page, 'book'))}.ipynb)" if page in pages else word
 
     def cell(claim: claims.Claim, model: str) -> list[str]:
         told = records.get((claim.id, model))
@@ -257,8 +257,7 @@ def claims_filter(staging: Path) -> str:
     fields = ['<label>Text <input type="search" name="text" placeholder="fact, margin …"></label>']
     for name, options in choices.items():
         every = "".join(
-            f'<option value="{html.escape(value)}">{html.escape(shown)}</option>'
-            for value, shown in {"": "all", **options}.items()
+            f'<option value="{_html(value)}">{_html(shown)}</option>' for value, shown in {"": "all", **options}.items()
         )
         fields.append(f'<label>{name.capitalize()} <select name="{name}">{every}</select></label>')
     fields += ['<button type="reset">All claims</button>', '<output id="claims-shown" aria-live="polite"></output>']
@@ -344,10 +343,10 @@ def provenance(results: Path) -> str:
 
     rows = [["Claim", "Model", "Revision", "Source", "Seed", "n", "Code", "kncore", "Date"]]
     for told in claims.read(results):
-        kncore = told.get("versions", {}).get("kncore", "")
-        short = (str(told.get(name, ""))[:8] for name in ("revision", "code"))
+        kncore = told["versions"]["kncore"]
+        short = (told[name][:8] for name in ("revision", "code"))
         revision, code = (_code(text) if text else "" for text in short)
-        plain = (told.get("source", ""), told.get("seed", ""), told["n"])
+        plain = (told["source"], told["seed"], told["n"])
         rows.append([_code(told["claim"]), _code(told["model"]), revision, *map(_text, plain), code])
         rows[-1] += [_text(kncore), _text(told.get("date", "not recorded"))]
     return _list_table(rows, "provenance") if rows[1:] else "No claim has a record yet.\n"
@@ -394,14 +393,31 @@ def _title(notebook: Path) -> str:
     return next((line[2:].strip() for line in first.splitlines() if line.startswith("# ")), notebook.stem)
 
 
+def _line(value: object) -> str:
+    """A value as one line without control characters."""
+    return stored.visible(" ".join(str(value).split()))
+
+
 def _text(value: object) -> str:
     """Text that Markdown shows as it is."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", _line(value))
 
 
-def _code(value: str) -> str:
-    fence = "`" * (max(map(len, re.findall("`+", value)), default=0) + 1)
-    return f"{fence} {' '.join(value.split())} {fence}"
+def _code(value: object) -> str:
+    """The same in the type of code."""
+    line = _line(value)
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    return f"{fence} {line} {fence}"
+
+
+def _html(value: object) -> str:
+    """Text that HTML shows as it is, in an element or in an attribute; a line end would leave the raw block."""
+    return html.escape(_line(value))
+
+
+def link(path: Path | str) -> str:
+    """A path as the target of a link in Markdown."""
+    return quote(Path(path).as_posix(), safe="/@+=,~")
 
 
 def files(contents: Mapping) -> Iterator[str]:

@@ -6,14 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from toy import COMPUTE, make_checkout, notebook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# A busy machine is slow, not wrong: no profile has a limit of time, and those that Hypothesis brings lose theirs.
 # A commit is judged by the same examples each time; HYPOTHESIS_PROFILE=default draws new ones.
-settings.register_profile("repeatable", derandomize=True)
+for profile, changes in {"default": {}, "ci": {}, "repeatable": {"derandomize": True}}.items():
+    parent = settings.get_profile("default" if profile == "repeatable" else profile)
+    patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile(profile, parent, **patient, **changes)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

@@ -16,6 +16,7 @@ import tomllib
 import types
 import zipfile
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
@@ -339,7 +340,7 @@ def test_what_is_printed_leads_nowhere_on_this_machine(root, monkeypatch):
 
     def browse(command, **_):
         target = next(word.partition("=")[2] for word in command if word.startswith("--print-to-pdf="))
-        printed.append((root / "_build/staging/_build/singlehtml/book.html").read_text())
+        printed.append(Path(unquote(urlsplit(command[-1]).path)).read_text())
         if prints:
             Path(target).write_text("%PDF")
         return types.SimpleNamespace(returncode=0, stderr="no display")

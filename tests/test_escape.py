@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
@@ -18,13 +19,19 @@ import pandas as pd
 import pytest
 import torch
 from bs4 import BeautifulSoup
+from docutils.core import publish_string
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from myst_parser.parsers.docutils_ import Parser
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from pybtex.database import parse_string
+from test_door import closed, root, said  # noqa: F401
+from test_pages import put, unloaded
+from test_pages import shown as page_of
 from toy import make_checkout, notebook
 
-from kncore import book, claims, figures, looking, pages, stored
+from kncore import book, claims, door, figures, looking, pages, pipeline, stored
 from kncore.stats import Estimate
 
 EVIL = "<script>document.title='run'</script>"
@@ -106,8 +113,7 @@ def test_figures_to_look_into_hold_it_as_data(text):
 def test_pages_made_from_records_show_it(text, tmp_path, monkeypatch):
     name = " ".join(text.split()).replace("/", "--")
     monkeypatch.setenv("KNCORE_RESULTS", str(tmp_path / "results"))
-    lm = SimpleNamespace(name=name, revision=text, dtype=torch.float32)
-    claims.record("equally-few", lm, Estimate(0.1, 0.0, 0.2, 40), seed=0, source=text)
+    claims.record("equally-few", unloaded(name, text), Estimate(0.1, 0.0, 0.2, 40), seed=0, source=text)
     chapter = notebook()
     chapter.cells[1].source = f"model = {name!r}"
     make_checkout(tmp_path, **{f"n{CLAIM.chapter}_toy": chapter})
@@ -122,6 +128,280 @@ def test_pages_made_from_records_show_it(text, tmp_path, monkeypatch):
         assert {link["href"] for link in soup.find_all("a")} <= {f"notebooks/{CLAIM.chapter}-toy.ipynb"}
         assert made not in named or name in " ".join(soup.get_text().split())
     assert not BeautifulSoup(MarkdownIt().render(book._card(name)), "html.parser").find_all(["script", "img", "a"])
+
+
+# ------------------------------------------------------------------------------- what lies next to the results
+
+SHOWN, OWN = pytest.mark.kind("shown-is-data"), pytest.mark.kind("shown-is-data", own=True)
+NOTE = {"seconds": 75, "threads": "2", "date": "2026-02-02", "kncore": "0.1.0", "torch": "2.6.0"}
+FENCE = "a\n```\n\n<script>document.title='run'</script>\n\n```{include} /etc/passwd"
+ROLES = (
+    "{ref}`x` {include}`y` {math}`z` {code}`w` [^1] [a]: javascript:alert(1) %% +++ :::{note}",
+    "&lt;script&gt; &#60;script&#62; <http://192.0.2.1> http://192.0.2.1 {abbr}`a (b)` {.class} $$x$$",
+    FENCE,
+    "a\r```\x85```\u2028```\x0b<b>",
+)
+
+
+def toml(**changes) -> str:
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in {**NOTE, **changes}.items())
+
+
+@SHOWN
+@pytest.mark.parametrize("text", [*HOSTILE, *(pytest.param(text, marks=OWN) for text in ROLES)])
+@pytest.mark.parametrize("name", ["threads", "kncore", "torch"])
+def test_what_a_run_noted_is_shown_as_text(root, text, name):  # noqa: F811
+    pipeline.write(root / "results" / "tiny" / "02.toml", toml(**{name: text}))
+    staging = closed(root)
+    row = said(staging, "notebooks/02-more")["Run took" if name == "threads" else "Packages"]
+    assert stored.visible(" ".join(text.split())) in row
+    source = nbformat.read(staging / "notebooks" / "02-more.ipynb", as_version=4).cells[-1].source
+    pipeline.write(staging / "book" / "generated" / "end.md", source.partition("````")[0].replace("##", "#", 1))
+    page = page_of(staging, "end.md")
+    assert not page.find_all(["script", "img", "math"]) and not page.select(".math, .problematic")
+    assert {link["href"].split("/")[1] for link in page.find_all("a")} == {"_sources", "archives"}
+
+
+@SHOWN
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("<script>", "is not what a run notes"),
+        ("[" * 100_000, "is not what a run notes"),
+        (toml(seconds="75"), "its seconds is '75', expected int"),
+        (toml(threads=2), "its threads is 2, expected str"),
+        (toml(seconds=-166), "its seconds are -166"),
+        (toml().replace("75", "nan"), "its seconds is nan, expected int"),
+        (toml(seconds=10**30), "its seconds are 1000000"),
+        (toml(date="yesterday"), "'yesterday'"),
+        pytest.param("", "its", marks=OWN),
+        pytest.param(toml().replace("75", "9" * 5000), "is not what a run notes", marks=OWN),
+        pytest.param(toml(seconds=True), "its seconds is True", marks=OWN),
+        pytest.param(toml().replace('"2026-02-02"', "2026-02-02"), "its date is datetime", marks=OWN),
+        pytest.param(toml(torch=["2.6.0"]), "its torch is", marks=OWN),
+        pytest.param(toml() + "seconds = 1\n", "is not what a run notes", marks=OWN),
+    ],
+)
+def test_a_note_that_no_run_left_is_refused_in_one_line(tmp_path, text, why):
+    path = tmp_path / "results" / "tiny" / "01.toml"
+    pipeline.write(path, text)
+    with pytest.raises(ValueError, match=re.escape(why)) as error:
+        door.check_notes(tmp_path / "results")
+    said = str(error.value)
+    assert said.startswith(str(path)) and "delete it" in said and "\n" not in said and len(said) < 600
+
+
+@pytest.fixture
+def crafted(tmp_path_factory, monkeypatch):
+    """Makes a record with fields of an attacker's choice and a checksum that agrees; its path."""
+    template = put(tmp_path_factory.mktemp("template"), "equally-few", "tiny", monkeypatch)
+
+    def craft(folder: Path, model: str, **changes) -> Path:
+        record = json.loads(template.read_text(encoding="utf-8")) | {"model": model} | changes
+        path = folder / model.replace("/", "--") / "equally-few.json"
+        return pipeline.write(path, json.dumps(record | {"checksum": claims.checksum(record)}))
+
+    return craft
+
+
+@OWN
+@pytest.mark.parametrize("text", [*HOSTILE, *ROLES])
+def test_a_crafted_record_is_shown_as_text_on_every_page(root, text, crafted):  # noqa: F811
+    """The generated pages as MyST reads them, with its directives, roles and raw blocks."""
+    name = text.replace("/", "--")
+    versions = dict.fromkeys(("kncore", "torch", text), text)
+    crafted(root / "results", name, source=text, revision=text, dtype=text, date=text, code=text, versions=versions,
+            statement=text, metric=text, rule=text, parameters={text: text})  # fmt: skip
+    pages.generate(root)
+    line = stored.visible(" ".join(name.split()))
+    for page in ("matrix.md", "marks.md", "filter.md", "provenance.md"):
+        html = page_of(root, page)
+        assert not html.find_all(["script", "img", "iframe", "math"]) and not html.select(".math, .problematic"), page
+        links = [link["href"] for link in html.find_all("a")]
+        assert all(re.fullmatch(r"\.\./notebooks/0[12]-\w+\.(html|ipynb)", link) for link in links), page
+        assert line in " ".join(html.get_text().split()), page
+    assert "<script>" not in pages.claims_table(root)
+
+
+@SHOWN
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"value": "0.1"}, "its value is '0.1', and a number"),
+        ({"value": None}, "its value is None"),
+        ({"value": True}, "its value is True"),
+        ({"n": 40.5}, "its n is 40.5, and a whole number"),
+        ({"n": -1}, "got -1"),
+        ({"source": ["own"]}, "its source is ['own'], and text"),
+        ({"versions": {"kncore": 1}}, "versions"),
+        pytest.param({"low": 0.5, "high": 0.1}, "is not within its interval", marks=OWN),
+        pytest.param({"value": float("nan")}, "not JSON compliant", marks=OWN),
+        pytest.param({"high": float("inf")}, "not JSON compliant", marks=OWN),
+        pytest.param({"value": 10**400}, "its value is 1000", marks=OWN),
+        pytest.param({"revision": "\ud800"}, "surrogates not allowed", marks=OWN),
+        pytest.param({"seed": "0"}, "its seed is '0'", marks=OWN),
+        pytest.param({"parameters": []}, "parameters", marks=OWN),
+        pytest.param({"date": 2026}, "its date is 2026", marks=OWN),
+        pytest.param({"chapter": "../../x"}, "its chapter is '../../x'", marks=OWN),
+        pytest.param({"chapter": "**"}, "its chapter is '**'", marks=OWN),
+        pytest.param({"family": "x"}, "its family 'x'", marks=OWN),
+        pytest.param({"data": {"/dev/stdin": ""}}, "are not those of the package", marks=OWN),
+        pytest.param({"data": {"../../x": ""}}, "are not those of the package", marks=OWN),
+    ],
+)
+def test_a_record_that_is_none_is_refused_though_its_checksum_agrees(tmp_path, changes, why, crafted):
+    path = crafted(tmp_path, "tiny", **changes)
+    with pytest.raises(ValueError, match=re.escape(why)) as error:
+        claims.read(tmp_path)
+    assert str(error.value).startswith(f"{path} is not a record") and "\n" not in str(error.value)
+
+
+@SHOWN
+@pytest.mark.parametrize("name", ["seed", "source", "revision", "versions", "parameters", "dtype", "code"])
+def test_a_record_without_a_field_is_refused(tmp_path, name, crafted):
+    path = crafted(tmp_path, "tiny")
+    record = {key: value for key, value in json.loads(path.read_text()).items() if key != name}
+    path.write_text(json.dumps(record | {"checksum": claims.checksum(record)}))
+    with pytest.raises(ValueError, match=f"no {name}"):
+        claims.read(tmp_path)
+
+
+@SHOWN
+@pytest.mark.parametrize(
+    "text",
+    ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"]
+    + [
+        pytest.param(text, marks=OWN)
+        for text in (" =1", "\u200b=1", "\uff1d1", "\n=1", '=HYPERLINK("x","y")', "\x00=1")
+    ],
+)
+def test_no_text_of_a_record_is_a_formula_in_the_table(tmp_path, text, crafted):
+    """An apostrophe before it, as spreadsheets do themselves; numbers are numbers, and JSON is exact."""
+    name = "m" if "\x00" in text else text
+    crafted(tmp_path / "results", name, source=text, value=-0.25, low=-0.5, high=-0.125, seed=-3, **{text: 1})
+    (record,) = door.records(tmp_path)
+    (row,) = csv.DictReader(io.StringIO(door._csv([record]), newline=""))
+    assert row["source"] == f"'{text}" and row[f"'{text}"] == "1" and row["model"] in ("m", f"'{text}")
+    assert [row[name] for name in ("value", "low", "seed")] == ["-0.25", "-0.5", "-3"]
+    assert not [cell for cell in (*row, *row.values()) if re.match(r"[\s=@+\x00\u200b\uff1d]", cell)]
+    assert record["source"] == text
+
+
+@OWN
+@pytest.mark.parametrize("text", ["a\rb", 'a"b', "a,b", "a;b\nc", "'=1", "a=1"])
+def test_the_table_of_records_is_read_as_it_was_written(tmp_path, text, crafted):
+    crafted(tmp_path / "results", "m", source=text)
+    (row,) = csv.DictReader(io.StringIO(door._csv(door.records(tmp_path)), newline=""))
+    assert row["source"] == text and row["n"] == "40"
+
+
+@OWN
+@pytest.mark.parametrize("model", ["my model", "a,b", "a{b}", "x\ny", "{\\input}"])
+def test_the_entry_of_a_run_can_be_cited_whatever_its_folder_is_called(model):
+    known = door.Origin("Book", "Author", "2026", "", "https://n.org", "", False)
+    ((key, entry),) = parse_string(door.bibtex(known, f"book/runs/{model}/01-toy", "T"), "bibtex").entries.items()
+    assert re.fullmatch(r"[\w.-]+", key) and " " not in entry.fields["url"] and "\n" not in entry.fields["url"]
+
+
+@OWN
+@pytest.mark.parametrize("text", ["# a", "1. a", "2) a", "- a", "+ a", "= a", "% a", "(a)=", "::: a", ": a"])
+def test_plain_text_that_begins_a_line_begins_nothing_else(text):
+    source = f"a\n\n{figures.plain(text)}"
+    settings = {"myst_enable_extensions": ["colon_fence", "deflist"], "output_encoding": "unicode", "halt_level": 2}
+    settings |= {"embed_stylesheet": False, "stylesheet_path": None}
+    html = publish_string(source, parser=Parser(), writer_name="html5", settings_overrides=settings)
+    assert [p.get_text() for p in BeautifulSoup(html, "html.parser").find_all("p")] == ["a", text]
+
+
+CONTROL = ["\x00", "\x01", "a\x1b[31mb", "\x7f", "a\x85b", "\ud800", "\ufffe", "\u202eabc", "a\rb\tc"]
+
+
+@OWN
+@pytest.mark.parametrize("text", [*CONTROL, "$", "$x$ $y$", "$\\frac{$", "_hidden"])
+def test_every_label_of_a_figure_is_drawn_as_it_is(text, recwarn):
+    """Control characters as escapes: a picture with one is no XML, and a browser shows nothing of it."""
+    from IPython.core.pylabtools import print_figure
+
+    one = Estimate(0.1, 0.0, 0.2, 40)
+    frame = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 2.5], "kind": [text] * 3})
+    draw = {
+        "grouped": lambda: figures.grouped({text: {text: one}}, "x", {text: "red"}),
+        "curves": lambda: figures.curves({text: {text: {1: one, 2: one}}}, "x", "y", {text: "red"}, log=False),
+        "depths": lambda: figures.depths({text: []}, 3, ["red"]),
+        "token_rows": lambda: figures.token_rows({text: ([text], [0.5])}, "x"),
+        "word_changes": lambda: figures.word_changes({text: {text: {text: (one, True)}}}, {text: "black"}),
+        "block_shares": lambda: figures.block_shares({text: [1, 2], "other": [2, 3]}, "y"),
+        "trace_maps": lambda: figures.trace_maps({text: (torch.ones(1, 2), [text], [0, 1], (0, 0))}, "x"),
+        "leaders": lambda: figures.leaders({text: []}),
+        "matrix": lambda: figures.matrix(torch.eye(2), [text, "b"], "u"),
+        "intervals": lambda: figures.intervals({text: one}, "x"),
+        "scatter": lambda: figures.scatter(frame, {"x": "x"}, "y", "y", "kind", {text: "red"}),
+    }
+    for name, function in draw.items():
+        axes = function()
+        svg = print_figure((axes if hasattr(axes, "figure") else axes[0]).figure, "svg")
+        plt.close("all")
+        comments = re.findall(r"<!-- (.*?) -->", svg, re.DOTALL)
+        assert ElementTree.fromstring(svg) is not None, name
+        wanted = stored.visible(text).replace("--", "- -").strip()
+        told = wanted.replace("_", " ") if name == "leaders" else wanted
+        assert any(told in comment.replace(r"\$", "$") for comment in comments), (name, comments)
+
+
+@OWN
+@pytest.mark.parametrize("text", [*CONTROL[:-1], "a\rb", "a\nb", 'a"b,c', "NA", "007", "1e5", "True"])
+def test_a_figure_to_look_into_keeps_every_row_and_every_name(text):
+    """A line end in a token is no row of its own, and a name that looks like a number stays that name."""
+    spec = looking.trace_maps({text: (torch.ones(2, 3), [text, "b"], (0, 1, 2), (0, 0))}, "nats")
+    values = looking.data(spec)
+    assert len(values) == 6 and set(values.site) == {stored.visible(text)}
+    assert list(values.block) == [0, 1, 2] * 2
+    rows = list(csv.reader(io.StringIO(spec["data"]["values"], newline="")))
+    assert len(rows) == 7 and {len(row) for row in rows} == {4}
+    points = {"p": {"w": {at: Estimate(0.5, 0.4, 0.6, 20) for at in (1, 10)}}}
+    several = [looking.curves(points, "x", "y", {"w": "red"}, name) for name in (text, "2")]
+    both = looking.data(looking.combine(*several[:1], several[1:]))
+    assert list(both.model) == [stored.visible(text)] * 2 + ["2"] * 2 and both["at"].tolist() == [1, 10] * 2
+
+
+@OWN
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "</script>", '"><script>', "a\x0cb", "```"])
+def test_the_page_reads_back_the_specification_that_it_was_given(text):
+    """Through MyST's raw block, which takes several characters for line ends."""
+    spec = {"usermeta": {"look": text}, "data": {"values": f"token\n{text}\n"}}
+    source = f"```{{raw}} html\n{looking.markup(spec, 0)}\n```"
+    html = publish_string(source, parser=Parser(), writer_name="html5", settings_overrides=RAW)
+    (script,) = BeautifulSoup(html, "html.parser").find_all("script")
+    assert json.loads(script.string) == spec and script.parent["class"] == ["look"]
+
+
+RAW = {"output_encoding": "unicode", "embed_stylesheet": False, "stylesheet_path": None, "halt_level": 2}
+
+
+@OWN
+def test_a_folder_with_blanks_is_a_page_with_a_picture_and_links(toy, crafted):
+    """Beside the same figure of the chapter, and in the matrix of claims."""
+
+    def drawn(path):
+        cell = new_code_cell("1", outputs=[new_output("display_data", {"image/svg+xml": "<svg/>"})])
+        cell.metadata = {"mystnb": {"figure": {"caption": "First."}, "image": {"alt": "Lines."}}}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parameters = new_code_cell("model = 'tiny'", metadata={"tags": ["parameters"]})
+        nbformat.write(new_notebook(cells=[new_markdown_cell("# Toy"), parameters, cell]), path)
+
+    (toy / "notebooks" / "01-toy.ipynb").unlink()
+    drawn(toy / "notebooks" / "03-toy.ipynb")
+    drawn(toy / "book" / "runs" / "my_model (1)" / "03-toy.ipynb")
+    (toy / "_toc.yml").write_text("root: book/index\nparts: [{chapters: [{file: notebooks/03-toy}]}]\n")
+    crafted(toy / "results", "my_model (1)")
+    staging = book.stage(toy)
+    book._set_beside(staging)
+    beside = nbformat.read(staging / "notebooks" / "03-toy.ipynb", as_version=4).cells[-1].source
+    (picture,) = re.findall(r"{image} (.+)", beside)
+    assert not re.search(r"\s", picture) and (staging / "notebooks" / picture).read_text() == "<svg/>"
+    (link,) = re.findall(r"\]\((.+)\)", beside)
+    assert link == "../book/runs/my_model%20%281%29/03-toy.ipynb"
+    assert "(runs/my_model%20%281%29/03-toy.ipynb)" in pages.claims_matrix(staging)
 
 
 # ------------------------------------------------------------------------------------------- in a browser

@@ -23,6 +23,9 @@ from toy import COMPUTE, make_checkout, notebook, snapshot
 from kncore import book, claims, models, pages, pipeline
 from kncore.stats import Estimate
 
+SHOWN, OWN = pytest.mark.kind("shown-is-data"), pytest.mark.kind("shown-is-data", own=True)
+NOTEBOOK = nbformat.writes(notebook("1"))
+
 # ------------------------------------------------------------------------------------------------ the book
 
 
@@ -52,15 +55,23 @@ def test_staging_copies_and_adds_the_runs_on_other_models(toy):
         ("notebooks/01-toy.ipynb", "{", "is no notebook"),
         ("results/other/claim.json", "{", "toy/results/other/claim.json is not a record"),
         ("results/other/claim.json", "[" * 100_000, "toy/results/other/claim.json is not a record"),
+        pytest.param("results/tiny/01.toml", "<script>", "toy/results/tiny/01.toml is not what a run", marks=SHOWN),
+        pytest.param("results/09.toml", b"\xff", "toy/results/09.toml is not what a run", marks=SHOWN),
+        pytest.param("book/runs/<b>/01-toy.ipynb", NOTEBOOK, "'<b>' is no plain name", marks=SHOWN),
+        pytest.param("book/runs/a  b/01-toy.ipynb", NOTEBOOK, "'a  b' is no plain name", marks=OWN),
+        pytest.param("book/runs/a#b/01-toy.ipynb", NOTEBOOK, "'a#b' is no plain name", marks=OWN),
+        pytest.param("book/runs/{ref}`a`/01-toy.ipynb", NOTEBOOK, "'{ref}`a`' is no plain name", marks=OWN),
+        pytest.param("book/runs/b/01-a\nb.ipynb", NOTEBOOK, "is no plain name", marks=OWN),
     ],
 )
 @pytest.mark.parametrize("execute", [True, False])
 def test_what_a_book_cannot_be_made_of_is_named_before_anything_runs(toy, monkeypatch, name, text, said, execute):
     monkeypatch.setattr(book, "_run_all", lambda *_: pytest.fail("notebooks ran"))
+    (toy / name).parent.mkdir(parents=True, exist_ok=True)
     pipeline.write(toy / name, text)
     with pytest.raises((pipeline.UsageError, ValueError), match=re.escape(said)) as error:
         book.book(toy, execute=execute)
-    assert "staging" not in str(error.value)
+    assert "staging" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_page_of_a_model_that_comes_with_the_package_is_its_card(toy, tmp_path, monkeypatch):
@@ -181,11 +192,16 @@ def test_the_links_of_a_run_lead_where_they_led_in_the_notebook(toy):
     assert nbformat.read(staging / "notebooks" / "01-toy.ipynb", as_version=4).cells[0].source == links
 
 
+def unloaded(name: str, revision: str = "0123456789abcdef") -> SimpleNamespace:
+    """What a record needs of a model, without one."""
+    spec = SimpleNamespace(family="gpt2")
+    return SimpleNamespace(name=name, revision=revision, dtype="float32", touched=False, spec=spec)
+
+
 def put(folder: Path, claim: str, model: str, monkeypatch, **changes) -> Path:
     """A record with made-up numbers below `folder`; `changes` are made and sealed after it was recorded."""
     monkeypatch.setenv("KNCORE_RESULTS", str(folder))
-    lm = SimpleNamespace(name=model, revision="0123456789abcdef", dtype="float32")
-    claims.record(claim, lm, Estimate(0.8, 0.6, 0.9, 40), seed=0, source="own")
+    claims.record(claim, unloaded(model), Estimate(0.8, 0.6, 0.9, 40), seed=0, source="own")
     path = folder / model.replace("/", "--") / f"{claim}.json"
     told = json.loads(path.read_text()) | changes
     path.write_text(json.dumps(told | {"checksum": claims.checksum(told)}, indent=1, ensure_ascii=False) + "\n")
@@ -225,12 +241,12 @@ def test_the_book_keeps_the_dates_of_unchanged_records_and_no_claim_that_is_no_l
 
 
 def test_pages_that_a_killed_run_had_put_aside_come_back(toy, monkeypatch):
-    pipeline.write(toy / "_build" / "html.old" / "index.html", "earlier")
-    monkeypatch.setattr(book, "stage", lambda *_: pytest.fail("the book does not build"))
+    pipeline.write(toy / "_build" / "html.old-x" / "was" / "index.html", "earlier")
+    monkeypatch.setattr(book, "stage", lambda *_, **__: pytest.fail("the book does not build"))
     with pytest.raises(pytest.fail.Exception):
         book.book(toy, execute=False)
     assert (toy / "_build" / "html" / "index.html").read_text() == "earlier"
-    assert not (toy / "_build" / "html.old").exists()
+    assert not list((toy / "_build").glob("html.old-*/was"))
 
 
 def test_pages_keep_the_place_of_pictures_and_name_their_toggles(tmp_path):
@@ -361,11 +377,11 @@ def test_the_matrix_says_what_is_stale_and_why(staging, monkeypatch):
 
 
 def test_provenance_has_a_row_for_each_record(staging, monkeypatch):
-    put(staging / "results", "fact-has-neurons", "tiny", monkeypatch)
-    put(staging / "results", "equally-few", "a/b@c", monkeypatch, date="2026-03-04")
+    code = json.loads(put(staging / "results", "fact-has-neurons", "tiny", monkeypatch).read_text())["code"]
+    put(staging / "results", "equally-few", "a/b@c", monkeypatch, date="2026-03-04", code=code)
     pages.generate(staging)
     rows = [[cell.get_text() for cell in row] for row in body(shown(staging, "provenance.md"))]
-    known = ["01234567", "own", "0", "40", claims.code_version()[:8], claims.package_version()]
+    known = ["01234567", "own", "0", "40", code[:8], claims.package_version()]
     assert [row[:-1] for row in rows] == [["fact-has-neurons", "tiny", *known], ["equally-few", "a/b@c", *known]]
     assert rows[1][-1] == "2026-03-04"
 
@@ -386,6 +402,7 @@ def test_without_records_the_matrix_says_that_nothing_has_been_run(staging):
     assert shown(staging, "provenance.md").find("p").get_text() == "No claim has a record yet."
 
 
+@pytest.mark.kind("clock")
 @given(st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S", "Z")), min_size=1))
 @example("<script>alert(1)</script>")
 @example("*a* _b_ `c` [d](e) ![f](g) $h$ {{i}} {.j} {k}`l` | \\ <m> &amp; https://n.org --- # + 1. \n\n```\n:::")
@@ -444,8 +461,9 @@ def test_the_findings_say_what_the_records_say(staging, monkeypatch, value):
 def test_prose_gets_the_numbers_of_its_own_model_and_no_other(staging, monkeypatch):
     text = " ".join(f"{{{form}}}`equally-few`" for form in ("value", "share", "effect", "verdict"))
     text += " {value}`equally-few@b/c`"
-    put(staging / "results", "equally-few", "tiny", monkeypatch, value=0.123, verdict="supported")
-    put(staging / "results", "equally-few", "b/c", monkeypatch, value=0.456, verdict="inconclusive")
+    ends = {"low": 0.1, "high": 0.5}
+    put(staging / "results", "equally-few", "tiny", monkeypatch, value=0.123, verdict="supported", **ends)
+    put(staging / "results", "equally-few", "b/c", monkeypatch, value=0.456, verdict="inconclusive", **ends)
     (staging / "book" / "runs" / "b--c").mkdir(parents=True)
     for place in ("notebooks/01-toy.ipynb", "book/runs/b--c/01-toy.ipynb", "book/runs/none/01-toy.ipynb"):
         (staging / place).parent.mkdir(parents=True, exist_ok=True)
@@ -454,8 +472,8 @@ def test_prose_gets_the_numbers_of_its_own_model_and_no_other(staging, monkeypat
         nbformat.write(nb, staging / place)
     pages.fill(staging)
     read = {p.parent.name: nbformat.read(p, 4).cells[0].source for p in staging.rglob("01-toy.ipynb")}
-    assert read["notebooks"] == "0.12 12 % 0.12 [0.60, 0.90] [supported]{.supported} 0.46"
-    assert read["b--c"] == "0.46 46 % 0.46 [0.60, 0.90] [inconclusive]{.inconclusive} 0.46"
+    assert read["notebooks"] == "0.12 12 % 0.12 [0.10, 0.50] [supported]{.supported} 0.46"
+    assert read["b--c"] == "0.46 46 % 0.46 [0.10, 0.50] [inconclusive]{.inconclusive} 0.46"
     assert read["none"] == " ".join(["[not run]{.not-run}"] * 4 + ["0.46"])
     nb.cells[0].source = "{value}`equaly-few`"
     nbformat.write(nb, staging / "notebooks" / "01-toy.ipynb")
