@@ -58,11 +58,32 @@ class Told:
         return not self.half and 0 < self.tried and {self.said, self.again, self.same} - {None} == {self.tried}
 
 
+HARM = """
+import fcntl, os, random, time
+fcntl.flock = fcntl.lockf = lambda *_: None  # as on file systems on which every lock succeeds
+replace = os.replace
+
+
+def late(*paths):  # as on a busy disk
+    time.sleep(random.uniform(0, float(os.environ["KNCORE_LATE"])))
+    return replace(*paths)
+
+
+os.replace = late
+"""  # run by Python at its start, as the module sitecustomize
+
+
 def start(
-    checkout: Path, folder: Path, *arguments: str, command: str = "run", limit: int | None = None
+    checkout: Path, folder: Path, *arguments: str, command: str = "run", limit: int | None = None, late: float = -1
 ) -> subprocess.Popen:
-    """`python -m kncore run` in a checkout, its stores in `folder`; `limit` bytes at most for any file it writes."""
+    """`python -m kncore run` in a checkout, its stores in `folder`; `limit` bytes at most for any file it writes.
+
+    From `late` 0 on locks keep nobody out, and a file is moved to its place up to so many seconds late.
+    """
     own = {"KNCORE_SCORES": str(folder / "scores"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if late >= 0:
+        harm = disk.write(folder / "harm" / "sitecustomize.py", HARM).parent
+        own |= {"PYTHONPATH": f"{harm}{os.pathsep}{ROOT}", "KNCORE_LATE": str(late)}
 
     def bounded() -> None:
         if limit is not None:
@@ -82,7 +103,7 @@ def start(
 
 def finished(process: subprocess.Popen) -> tuple[int, str]:
     """Exit code and what was said on stderr."""
-    said = process.communicate(timeout=600)[1]
+    said = process.communicate()[1]
     return process.returncode, said
 
 
@@ -238,6 +259,60 @@ def _site(here: Path) -> tuple[Path, Path]:
     return checkout, pipeline.write(checkout / "_build" / "html" / "index.html", "earlier").parent
 
 
+def processes(folder: Path) -> list[int]:
+    """The processes that `start` began with their stores in a folder, and all that these began."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended
+            if f"KNCORE_SCORES={folder}/scores".encode() in place.read_bytes():
+                found.append(int(place.parent.name))
+    return found
+
+
+def ended(folder: Path) -> bool:
+    """Whether all of them end by themselves, soon; those that do not are killed."""
+    until = time.monotonic() + 600
+    while processes(folder) and time.monotonic() < until:
+        time.sleep(0.1)
+    left = processes(folder)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return not left
+
+
+def ends_of_a_book_alone(folder: Path, seed: int = 0) -> Told:
+    """What it started ends with it, and the next book, of other chapters, is made of nothing that it left."""
+    told = Told()
+    checkout, pages = _site(folder / "whole")
+    code, said = finished(start(checkout, folder / "whole", command="book"))
+    if code:
+        raise RuntimeError(f"the undisturbed book failed: {said}")
+    want, noted = results(pages), checkout / "_build" / "staging" / "results"
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        here = folder / end.name
+        checkout, pages = _site(here)
+        chapter = checkout / "notebooks" / "01-first.ipynb"
+        new = chapter.read_bytes()
+        chapter.write_bytes(new.replace(b"print(model, n)", b"import time; time.sleep(6); print('old')"))
+        process = start(checkout, here, command="book")
+        while process.poll() is None and len(processes(here)) < 3:  # the book, a run of it, a kernel of that
+            time.sleep(0.1)
+        process.send_signal(end)
+        process.communicate()
+        told.tried += 1
+        told.said += ended(here)
+        told.half += (pages / "index.html").read_text() != "earlier"
+        chapter.write_bytes(new)
+        shutil.copytree(noted, checkout / "results")
+        code, said = finished(start(checkout, here, command="book"))
+        told.again += code == 0
+        told.same += results(pages) == want
+        if code or results(pages) != want:
+            told.wrong.append(said.strip() or "other pages")
+    return told
+
+
 def kills_of_a_book(folder: Path, seed: int = 0) -> Told:
     """The earlier pages stay whole until all of the new ones take their place, and tracked files are only read."""
     told, draw = Told(said=None), random.Random(seed)
@@ -286,6 +361,52 @@ def two_runs_on_one_output(folder: Path, seed: int = 0) -> Told:
         told.half += results(*places) != want
         told.wrong += [said.strip() for code, said in ends if code]
         again(told, checkout, here, arguments, places, want)
+    return told
+
+
+def two_runs_of_unlike_results(folder: Path, seed: int = 0) -> Told:
+    """What stands there is of one of them: its record says what its notebook shows. No lock keeps one of them out."""
+    told = Told(again=None, same=None)
+    for i in range(3):
+        here = folder / f"unlike-{i}"
+        checkout, out = toy(here), here / "out"
+        numbers = (2 + i, 12 + i)
+        both = [start(checkout, here, "--only", "01", "-p", f"n={n}", "--out", str(out), late=1) for n in numbers]
+        ends = [finished(process) for process in both]
+        told.tried += 1
+        told.said += all(code == 0 for code, _ in ends)
+        told.wrong += [said.strip() for code, said in ends if code]
+        recorded, shown = told_by(out)
+        told.half += recorded != shown or recorded not in numbers
+    return told
+
+
+def told_by(out: Path) -> tuple[int, int]:
+    """The n of a toy's record, and that of its notebook."""
+    outputs = json.loads((out / "01-first.ipynb").read_text(encoding="utf-8"))["cells"][-1]["outputs"]
+    shown = sum(len("".join(output["text"]).splitlines()) for output in outputs)
+    return json.loads((out / "results" / "tiny" / "claim.json").read_text(encoding="utf-8"))["n"], shown
+
+
+def a_run_beside_an_old_one(folder: Path, seed: int = 0) -> Told:
+    """A run that has lasted for days finishes beside a new one, though no lock keeps its scratch folder."""
+    told = Told(half=None)
+    checkout, arguments, places = _toy(folder / "whole")
+    finished(start(checkout, folder / "whole", *arguments))
+    want = results(*places)
+    here = folder / "old"
+    checkout, arguments, places = _toy(here)
+    first = start(checkout, here, *arguments, late=0)
+    while first.poll() is None and not any(checkout.glob("_build/run-*/results")):
+        time.sleep(0.02)
+    for path in checkout.glob("_build/run-*"):
+        os.utime(path, (1, 1))
+    second = start(checkout, here, *arguments, late=0)
+    ends = [finished(first), finished(second)]
+    told.tried += 1
+    told.said += all(code == 0 for code, _ in ends)
+    told.wrong += [said.strip() for code, said in ends if code]
+    again(told, checkout, here, arguments, places, want)
     return told
 
 
@@ -516,7 +637,10 @@ TRIALS: dict[Callable[..., Told], str] = {
     kills_of_a_chapter: f"SIGKILL at a random moment of `python -m kncore run {' '.join(REAL)}`, an empty store",
     kills_of_a_sweep: "SIGKILL at a random moment of `python -m kncore sweep`, facts on a small model",
     kills_of_a_book: "SIGKILL in each third of `python -m kncore book`, chapters without a model",
+    ends_of_a_book_alone: "SIGKILL, and SIGTERM, of `python -m kncore book` and of nothing that it started",
     two_runs_on_one_output: "two runs at once on one output",
+    two_runs_of_unlike_results: "two runs of unlike results at once on one output, a slow disk without locks",
+    a_run_beside_an_old_one: "a run beside one that began long ago, a disk without locks",
     a_disk_that_fills_up: "a disk with room for so many bytes a file: 0, and three numbers up to 4,000",
     a_store_that_cannot_be_written: "a store that is no folder, or without room for the file or for its name",
     damaged_outputs: "a stored notebook or record of the output cut short",

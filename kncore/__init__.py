@@ -3,11 +3,12 @@
 From the ground floor up; a module imports from the floors below its own only.
 
 1. `arch` architecture as data · `stats` estimates, intervals · `tasks` queries and facts · `stored` notebooks at rest ·
-   `disk` files written whole and sealed
-2. `models` names and loading · `grammar` minimal pairs · `words` nouns, plain prose, frequencies
+   `disk` files written whole and sealed · `bound` a process that ends with its parent
+2. `models` names and loading · `grammar` minimal pairs · `words` nouns, plain prose, frequencies ·
+   `runs` kept apart, and published whole
 3. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
 4. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores ·
-   `cases` what is asked after an edit
+   `cases` what is asked after an edit · `editing` requests and settings of editors
 5. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons ·
    `effects` of many edits · `covariance` of keys · `corpus` sentences whose every count is known
 6. `tracing` of causes · `rome`, `memit`, `finetune`: what an edit of weights is

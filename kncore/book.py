@@ -5,21 +5,22 @@ The tracked files are only read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import nbformat
 import yaml
 
-from kncore import door, looking, pages, stored
+from kncore import bound, door, looking, pages, runs, stored
+from kncore.disk import warn
 from kncore.figures import plain
 from kncore.pipeline import (
     BESIDE,
@@ -35,7 +36,11 @@ from kncore.pipeline import (
     write,
 )
 
+_NAME = re.compile(r"\w([\w .@+=,()~-]*[\w@+=)~-])?")
+ATTEMPTS = 100  # to copy notebooks and records as they belong together
 
+
+@runs.stoppable()
 def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     """Render the book into _build/html from a staging folder; with `execute` the notebooks are run there first.
 
@@ -46,17 +51,28 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
     Raises UsageError where the book is made of something that cannot be read, and nothing has run then; RunError where
     a notebook fails or the build warns: the log is in _build/book.log and the pages that stood in _build/html stay.
     """
+    target = root / "_build" / "html"
+    runs.restore(target)
+    with runs.scratch(root / "_build", "book") as own:
+        try:
+            staging = stage(root, folder=own / "staging")
+            built = _book(root, staging, execute, timeout)
+            runs.exchange(built, target)
+        finally:
+            _leave(own, root / "_build")
+    return target / "index.html"
+
+
+def _book(root: Path, staging: Path, execute: bool, timeout: int) -> Path:
+    """The folder with the pages of a book that is staged."""
     from kncore import claims
 
-    target, old = root / "_build" / "html", root / "_build" / "html.old"
-    if old.exists() and not target.exists():  # a run was killed between the two moves below
-        os.replace(old, target)
-    staging = stage(root)
     if execute:
         for name in {*BESIDE, *(str(chapter.defaults.get("model")) for chapter in chapters(root))}:
             shutil.rmtree(staging / "results" / slug(name), ignore_errors=True)
     try:
         claims.read(staging / "results")
+        door.check_notes(root / "results")
     except ValueError as error:
         raise UsageError(str(error).replace(str(staging), str(root))) from error
     if execute:
@@ -76,14 +92,18 @@ def book(root: Path, *, execute: bool = True, timeout: int = TIMEOUT) -> Path:
             source.write_bytes(notebook)
     shutil.copytree(site, built, dirs_exist_ok=True)
     finish(built)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(built, target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target / "index.html"
+    return built
 
 
+def _leave(own: Path, build: Path) -> None:
+    """Put what the book was made of, and the logs of that, where they can be looked at: the last book's are there."""
+    for log in own.glob("*.log"):
+        os.replace(log, build / log.name)
+    if (own / "staging").is_dir():
+        runs.exchange(own / "staging", build / "staging")
+
+
+@runs.stoppable()
 def pdf(root: Path) -> Path:
     """Print the book into _build/book.pdf, from the stored notebooks, without the runs on other models.
 
@@ -94,23 +114,25 @@ def pdf(root: Path) -> Path:
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         raise UsageError(f"the PDF is printed by a browser, and none of {', '.join(names)} is installed")
-    staging = stage(root, runs=False)
-    pages.generate(staging)
-    door.close(root, staging)
-    built = _render(root, staging, "singlehtml")
-    # Sphinx writes the page below book/, with pictures as from the top. A link to what is not on the page would lead to
-    # this machine.
-    text = (built / "book" / "index.html").read_text(encoding="utf-8")
-    text = re.sub(r'(<a [^>]*)href="(?!https?:|mailto:|#)[^"#]*(#[^"]*)?"', r'\1href="\2"', text)
-    page = write(built / "book.html", re.sub(r'(<a [^>]*)href=""', r"\1", text))
-    printed, target = built / "book.pdf", root / "_build" / "book.pdf"
-    command = [browser, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run", "--no-pdf-header-footer"]
-    with tempfile.TemporaryDirectory() as profile:
-        command += [f"--user-data-dir={profile}", "--virtual-time-budget=60000", f"--print-to-pdf={printed}"]
+    target = root / "_build" / "book.pdf"
+    with runs.scratch(root / "_build", "book") as own:
+        staging = stage(root, with_runs=False, folder=own / "staging")
+        pages.generate(staging)
+        door.close(root, staging)
+        built = _render(root, staging, "singlehtml")
+        # Sphinx writes the page below book/, with pictures as from the top. A link to what is not on the page would
+        # lead to this machine.
+        text = (built / "book" / "index.html").read_text(encoding="utf-8")
+        text = re.sub(r'(<a [^>]*)href="(?!https?:|mailto:|#)[^"#]*(#[^"]*)?"', r'\1href="\2"', text)
+        page = write(built / "book.html", re.sub(r'(<a [^>]*)href=""', r"\1", text))
+        printed = built / "book.pdf"
+        command = [browser, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run", "--no-pdf-header-footer"]
+        command += [f"--user-data-dir={own / 'profile'}", "--virtual-time-budget=60000", f"--print-to-pdf={printed}"]
         done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=False)
-    if done.returncode or not printed.is_file():
-        raise RunError(f"{browser} printed nothing: {done.stderr.strip()[-500:]}")
-    os.replace(printed, target)
+        if done.returncode or not printed.is_file():
+            raise RunError(f"{browser} printed nothing: {done.stderr.strip()[-500:]}")
+        os.replace(printed, target)
+        _leave(own, root / "_build")
     return target
 
 
@@ -118,12 +140,12 @@ def _render(root: Path, staging: Path, builder: str = "html") -> Path:
     """The folder with what Jupyter Book made of a staging folder; RunError holds the warnings."""
     print("rendering ...", end=" ", flush=True)
     begun = time.monotonic()
-    log = root / "_build" / "book.log"
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
+    log = staging.parent / "book.log"
+    command = runs.bound("jupyter_book.cli.main:main", "build")
     # Pages of the site have links to runs that the printed book leaves out.
     strict = ["-n", "-W", "--keep-going"] if builder == "html" else []
     command += [*strict, "--all", "--builder", builder, str(staging)]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": EPOCH, "PYTHONHASHSEED": "0"}
+    environment = os.environ | {"SOURCE_DATE_EPOCH": EPOCH, "PYTHONHASHSEED": "0", "PYTHONPATH": runs.python_path()}
     with log.open("w", encoding="utf-8") as stream:
         code = subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=False).returncode
     built = staging / "_build" / builder
@@ -131,7 +153,7 @@ def _render(root: Path, staging: Path, builder: str = "html") -> Path:
         print("failed", flush=True)
         lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).splitlines()
         marked = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
-        raise RunError("\n".join([*marked, f"The book did not build; the whole log is {log}"]))
+        raise RunError("\n".join([*marked, f"The book did not build; the whole log is {root / '_build' / log.name}"]))
     print(f"{time.monotonic() - begun:.0f} s", flush=True)
     return built
 
@@ -206,18 +228,19 @@ def _run_all(root: Path, staging: Path, timeout: int) -> None:
     """
     waiting, running = _jobs(root, staging), {}
     jobs, told = dict(waiting), dict.fromkeys(waiting, 0)
-    logs = {name: root / "_build" / f"{slug(name.replace(' ', '-'))}.log" for name in jobs}
-    scratch = {name: staging / "ran" / logs[name].stem for name in jobs}
+    scratch = Path(tempfile.mkdtemp(dir=staging.parent, prefix="ran-"))
+    out = {name: scratch / name.replace(" ", "-") for name in jobs}
+    logs = {name: scratch / f"{out[name].name}.log" for name in jobs}
+    environment = os.environ | {"PYTHONPATH": runs.python_path()}
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 name = next(iter(waiting))
                 arguments, _, threads = waiting.pop(name)
-                command = [sys.executable, "-m", "kncore", "run", *arguments, "--out", str(scratch[name])]
-                command += ["--timeout", str(timeout)]
+                command = runs.bound("kncore", "run", *arguments, "--out", str(out[name]), "--timeout", str(timeout))
                 with logs[name].open("w", encoding="utf-8") as log:
                     running[name] = subprocess.Popen(
-                        command, cwd=root, env={"OMP_NUM_THREADS": str(threads)} | os.environ, stdout=log, stderr=log
+                        command, cwd=root, env={"OMP_NUM_THREADS": str(threads)} | environment, stdout=log, stderr=log
                     )
             time.sleep(0.2)
             for name, process in list(running.items()):
@@ -231,39 +254,52 @@ def _run_all(root: Path, staging: Path, timeout: int) -> None:
                 if ended is None:
                     continue
                 del running[name]
+                last = len(lines) - 4 if ended else len(lines)
+                for line in lines[: max(0, last)]:
+                    if line.startswith("kncore: "):
+                        warn(line.removeprefix("kncore: "))
                 if ended:
                     raise RunError("\n".join([f"{name}:", *said.strip().splitlines()[-4:]]))
-                move(scratch[name] / "results", staging / "results")
-                shutil.rmtree(scratch[name] / "results", ignore_errors=True)
-                move(scratch[name], jobs[name][1])
+                move(out[name] / "results", staging / "results")
+                shutil.rmtree(out[name] / "results", ignore_errors=True)
+                move(out[name], jobs[name][1])
                 if jobs[name][1] != staging / "notebooks":
                     for path in jobs[name][1].glob("*.ipynb"):
                         _relink(path, staging / "notebooks")
     finally:
-        for process in running.values():
+        _end(running.values())
+        for log in scratch.glob("*.log"):
+            os.replace(log, root / "_build" / log.name)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _end(processes: Iterable[subprocess.Popen]) -> None:
+    """End processes, which may end what they started; those that take too long for that are killed."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(bound.GRACE)
+        except subprocess.TimeoutExpired:
             process.kill()
-        shutil.rmtree(staging / "ran", ignore_errors=True)
+            process.wait()
 
 
-def stage(root: Path, *, runs: bool = True) -> Path:
-    """A fresh _build/staging with a copy of all that the book is made of: configuration, prose, notebooks, records.
+def stage(root: Path, *, with_runs: bool = True, folder: Path | None = None) -> Path:
+    """A copy of all that the book is made of, in `folder` (default: _build/staging, anew), with a table of contents.
 
-    Runs on other models in book/runs/ join the contents as a part of their own, or are left out.
+    That is configuration, prose, notebooks and records. Runs on other models in book/runs/ join the contents as a part
+    of their own, or are left out.
 
     Raises UsageError or ValueError for a file that cannot be read.
     """
     for path in [*root.glob("notebooks/*.ipynb"), *root.glob("book/runs/*/*.ipynb")]:
         stored.read(path)
+        _check_name(path)
     contents = _contents(root)
-    staging = root / "_build" / "staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    shutil.copy(root / "_config.yml", staging)
-    hidden = shutil.ignore_patterns(".*", "*.tmp")
-    for folder in ("book", "notebooks", "results"):
-        if (root / folder).is_dir():
-            shutil.copytree(root / folder, staging / folder, ignore=hidden)
-    if not runs:
+    staging = folder or root / "_build" / "staging"
+    _copy(root, staging)
+    if not with_runs:
         shutil.rmtree(staging / "book" / "runs", ignore_errors=True)
     found = sorted((staging / "book" / "runs").glob("*/*.ipynb"))
     for path in found:
@@ -278,6 +314,47 @@ def stage(root: Path, *, runs: bool = True) -> Path:
         contents["parts"].append({"caption": "The same on other models", "chapters": parts})
     write(staging / "_toc.yml", yaml.safe_dump(contents, sort_keys=False))
     return staging
+
+
+def _check_name(path: Path) -> None:
+    """Raises UsageError where the name of a notebook or of its folder cannot be that of a page, in links and files."""
+    for name in (path.stem, path.parent.name):
+        if not name.startswith(".") and (not _NAME.fullmatch(name) or "  " in name):
+            raise UsageError(
+                f"{str(path)!r} cannot be a page of the book: {name!r} is no plain name; rename it (letters, digits, "
+                "single blanks and .@+=,()~-_ are plain), or delete it"
+            )
+
+
+def _copy(root: Path, staging: Path) -> None:
+    """Copy what is tracked; once more where a run was storing a notebook and its records at the same time."""
+    hidden = shutil.ignore_patterns(".*", "*.tmp")
+    for _ in range(ATTEMPTS):
+        for journal in runs.journals(root / "results"):
+            runs.settle(journal)
+        before = _state(root)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        shutil.copy(root / "_config.yml", staging)
+        for folder in ("book", "notebooks", "results"):
+            if (root / folder).is_dir():
+                shutil.copytree(root / folder, staging / folder, ignore=hidden)
+        if not runs.journals(root / "results") and _state(root) == before:
+            return
+    raise UsageError(f"the notebooks and records in {root} are being changed all the time; wait until that is done")
+
+
+def _state(root: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of all notebooks and records."""
+    found = {}
+    for top in ("notebooks", "book/runs", "results"):
+        for folder, folders, files in os.walk(root / top):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (Path(folder, name) for name in files if not name.startswith(".")):
+                with contextlib.suppress(FileNotFoundError):
+                    told = path.stat()
+                    found[path] = told.st_size, told.st_mtime_ns
+    return found
 
 
 def _read(root: Path, path: Path, parse: Callable[[str], object] = str) -> object:
@@ -363,7 +440,8 @@ def _set_beside(staging: Path) -> None:
     Two figures are the same if their captions are.
     """
     for chapter in sorted((staging / "notebooks").glob("*.ipynb")):
-        runs = sorted((staging / "book" / "runs").glob(f"*/{chapter.name}"), key=lambda run: _place(run.parent.name))
+        found = (staging / "book" / "runs").glob("*/*.ipynb")
+        runs = sorted((p for p in found if p.name == chapter.name), key=lambda run: _place(run.parent.name))
         others = {run.parent: _figures(stored.read(run)) for run in runs}
         nb = nbformat.read(chapter, as_version=4)
         cells = []
@@ -371,20 +449,21 @@ def _set_beside(staging: Path) -> None:
             cells.append(cell)
             told = _caption(cell)
             tabs = []
-            for folder, figures in others.items():
+            for number, (folder, figures) in enumerate(others.items()):
                 if told in figures:
-                    picture = folder / "figures" / f"{folder.name}-{chapter.name[:2]}-{len(cells):02d}.svg"
-                    write(picture, figures[told])
+                    # Without blanks, which the name of a folder may have and that of a picture may not.
+                    name = re.sub(r"[^\w.@+-]+", "-", f"{folder.name}-{chapter.name[:2]}-{len(cells):02d}.svg")
+                    picture = write(staging / "book" / "beside" / str(number) / name, figures[told])
                     alt = " ".join(cell.metadata.mystnb.get("image", {}).get("alt", "").split())
                     tabs += [
-                        f"````{{tab-item}} {folder.name}",
+                        f"````{{tab-item}} {plain(folder.name)}",
                         f":sync: {folder.name}",
                         "",
                         f"```{{image}} {os.path.relpath(picture, chapter.parent)}",
                     ]
                     tabs += [f":alt: {alt or told} On {folder.name}.", ":width: 100%", ":loading: lazy", "```"]
-                    page = os.path.relpath(folder / chapter.name, chapter.parent)
-                    tabs += [f"[The whole chapter on {folder.name}]({page})", "````"]
+                    page = pages.link(os.path.relpath(folder / chapter.name, chapter.parent))
+                    tabs += [f"[The whole chapter on {plain(folder.name)}]({page})", "````"]
             if tabs:
                 opened = ["``````{dropdown} This figure on other models", ":class-container: beside", "`````{tab-set}"]
                 cells.append(nbformat.v4.new_markdown_cell("\n".join([*opened, *tabs, "`````", "``````"])))

@@ -45,20 +45,38 @@ def write(path: Path, content: bytes | str, sync: bool = True) -> Path:
     `sync` waits until the disk has it, for what cannot be computed anew. Raises OSError, and then nothing has changed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
+    part = beside(path, content, sync)
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            if sync:
-                stream.flush()
-                os.fsync(stream.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        os.replace(part, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
     return path
+
+
+def beside(path: Path, content: bytes | str, sync: bool = True) -> Path:
+    """Write a hidden file beside a path, in whose place it can be moved in one step; its path.
+
+    Raises OSError, which names `path` where the system names nothing, and then nothing is left.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+                if sync:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            os.chmod(part, 0o644)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    return Path(part)
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -80,7 +98,7 @@ def kept(path: Path) -> dict[str, Tensor] | None:
     except ValueError as error:
         warn(f"{path} is damaged ({error}); it is computed anew")
         return None
-    _touch(path)
+    touch(path)
     return found
 
 
@@ -144,7 +162,7 @@ def folder(target: Path, make: Callable[[Path], None]) -> Path:
     place = _elsewhere.get(target.parent, target.parent) / target.name
     if place.is_dir():
         if not (why := damage(place)):
-            _touch(place)
+            touch(place)
             return place
         warn(f"{place} is damaged ({why}); it is made anew")
     try:
@@ -193,8 +211,8 @@ def _unwritable(folder: Path, error: BaseException) -> None:
     )
 
 
-def _touch(place: Path) -> None:
-    """Mark as used now: what was used last is pruned last."""
+def touch(place: Path) -> None:
+    """Mark a file or folder as used now, where that can be: what was used last is pruned last."""
     try:
         os.utime(place)
     except OSError:

@@ -6,8 +6,10 @@ compared with it. Whatever differs between two runs on one machine for no reason
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from nbformat import NotebookNode
 
 RELATIVE = 1e-3
 ABSOLUTE = 1e-6
+SHORTEST = 3  # letters of a folder that is replaced in outputs
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {
@@ -38,6 +41,7 @@ _PATH = re.compile(r"""(?<![\w/.:~<>*-])/(?:[\w.+@-]+/)+[\w.+@-]*|\b[A-Z]:\\\w""
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)")
 _TAG = re.compile(r"(?<!\\)((?:\\\\)*)<(?=[a-zA-Z/!?])(?!/?(?:sup|sub)>)")  # Markdown would pass it on as HTML
 _BLANKS = re.compile(r"[ \t]+")
+_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def read(path: Path) -> NotebookNode:
@@ -55,6 +59,20 @@ def read(path: Path) -> NotebookNode:
     ) as error:
         told = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"{path} is no notebook ({told}); restore it (git checkout) or run it anew") from error
+
+
+def parameters(nb: NotebookNode) -> dict[str, object]:
+    """The parameters of a notebook and their defaults; ValueError where its cell holds more than name = literal."""
+    source = next((cell.source for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])), "")
+    found = {}
+    try:
+        for line in ast.parse(source).body:
+            target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+            if isinstance(target, ast.Name):
+                found[target.id] = ast.literal_eval(line.value)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"the cell tagged 'parameters' must be name = literal: {error}") from error
+    return found
 
 
 def finalise(nb: NotebookNode, replace: Mapping[str, str] | None = None) -> NotebookNode:
@@ -98,11 +116,20 @@ def stable(text: str, replace: Mapping[str, str] | None = None) -> str:
 
     Args:
         text: an output.
-        replace: folders and what stands for them; longer ones first, whole path components only.
+        replace: absolute paths of folders and what stands for them; longer ones first, whole path components only, and
+            none of fewer than three letters, such as /: that would be a sign of division, too.
     """
     ids: dict[str, str] = {}
     text = _OVERWRITTEN.sub("", _replaced(text, replace))
     return _STYLER.sub(lambda match: ids.setdefault(match[0], f"T_{len(ids):05d}"), text)
+
+
+def visible(text: object) -> str:
+    """Text in which control characters, but line feeds, and those that turn a line around stand as escapes: `\\x1b`.
+
+    A picture that holds them cannot be opened, and on a page nobody sees them.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def problems(nb: NotebookNode) -> list[str]:
@@ -182,9 +209,14 @@ def _outputs(outputs: list[NotebookNode], replace: Mapping[str, str] | None) -> 
 
 
 def _replaced(text: str, replace: Mapping[str, str] | None) -> str:
-    for old in sorted(replace or {}, key=len, reverse=True):
+    for old in sorted(filter(_tells, replace or {}), key=len, reverse=True):
         text = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.-])", lambda _, new=replace[old]: new, text)
     return text
+
+
+def _tells(folder: str) -> bool:
+    """Whether a text that holds the name of a folder means it: "/" and "/a" are other things as well."""
+    return os.path.isabs(folder) and len(folder.strip("/")) >= SHORTEST
 
 
 def _texts(output: NotebookNode) -> list[str]:

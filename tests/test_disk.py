@@ -31,6 +31,11 @@ def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def place(store: Path, name: str) -> Path:
+    """Where a store keeps a result."""
+    return store / name[:2] / f"{name}.safetensors"
+
+
 def no_room(*_, **__):
     raise OSError(28, "No space left on device")
 
@@ -68,13 +73,13 @@ def test_what_was_never_sealed_is_no_result(raw):
 
 
 def test_damage_is_said_in_one_line_and_the_result_computed_anew(tmp_path, capsys):
-    path = tmp_path / "ab" / "ab12.safetensors"
-    cache.write(tmp_path, "ab12", TENSORS)
+    path = place(tmp_path, "ab12")
+    disk.keep(path, TENSORS)
     path.write_bytes(path.read_bytes()[:-1])
-    assert cache.read(tmp_path, "ab12") is None
+    assert disk.kept(path) is None
     assert capsys.readouterr().err == f"kncore: {path} is damaged (its checksum is another); it is computed anew\n"
-    cache.write(tmp_path, "ab12", TENSORS)
-    assert torch.equal(cache.read(tmp_path, "ab12")["x"], TENSORS["x"])
+    disk.keep(path, TENSORS)
+    assert torch.equal(disk.kept(path)["x"], TENSORS["x"])
     assert capsys.readouterr().err == ""
 
 
@@ -96,8 +101,8 @@ def hammer(folder: str, seed: int) -> None:
     draw = random.Random(seed)
     for _ in range(60):
         number = draw.randrange(5)
-        cache.write(Path(folder), f"{number:04d}", {"x": torch.full((500,), float(number))})
-        found = cache.read(Path(folder), f"{draw.randrange(5):04d}")
+        disk.keep(place(Path(folder), f"{number:04d}"), {"x": torch.full((500,), float(number))})
+        found = disk.kept(place(Path(folder), f"{draw.randrange(5):04d}"))
         assert found is None or len(set(found["x"].tolist())) == 1
 
 
@@ -115,12 +120,12 @@ def test_processes_that_write_the_same_results_at_once_see_them_whole(tmp_path):
 def test_a_store_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     for name in ("ab12", "cd34"):
-        cache.write(tmp_path / "file", name, TENSORS)
-        assert cache.read(tmp_path / "file", name) is None
+        disk.keep(place(tmp_path / "file", name), TENSORS)
+        assert disk.kept(place(tmp_path / "file", name)) is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "cannot be written (Not a directory)" in said and "cache --prune" in said
     monkeypatch.setattr(os, "replace", no_room)
-    cache.write(tmp_path / "store", "ab12", TENSORS)
+    disk.keep(place(tmp_path / "store", "ab12"), TENSORS)
     assert "No space left on device" in capsys.readouterr().err
     assert files(tmp_path / "store") == []
 
@@ -220,7 +225,7 @@ def filled(tmp_path: Path, monkeypatch) -> Path:
     store = tmp_path / "scores"
     monkeypatch.setenv("KNCORE_SCORES", str(store))
     for i in range(12):
-        cache.write(store, f"{i:04x}", {"x": torch.zeros(1000)})
+        disk.keep(place(store, f"{i:04x}"), {"x": torch.zeros(1000)})
         os.utime(store / f"{i:04x}"[:2] / f"{i:04x}.safetensors", (1000 + i, 1000 + i))
     disk.folder(models.cache_folder() / "models" / "m", make)
     old, new = store / "00" / ".old.part", models.cache_folder() / "models" / ".new.part"
@@ -233,7 +238,7 @@ def filled(tmp_path: Path, monkeypatch) -> Path:
 
 def test_the_cache_lists_what_it_holds_and_makes_room(tmp_path, monkeypatch, capsys):
     store = filled(tmp_path, monkeypatch)
-    cache.read(store, "0000")  # the oldest one is used again
+    disk.kept(place(store, "0000"))  # the oldest one is used again
     assert __main__.main(["cache"]) == 0
     told = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert told["scores"][0] == "12" and told["models"][0] == "1" and told["leftover"] == ["2", "1.0", "MB"]
@@ -243,7 +248,7 @@ def test_the_cache_lists_what_it_holds_and_makes_room(tmp_path, monkeypatch, cap
     assert "removed 10 of them" in capsys.readouterr().out  # a leftover of long ago, and nine results
     left = {entry.path.stem for entry in cache.entries() if entry.kind == "scores"}
     assert left == {"0000", "000a", "000b"}
-    assert cache.read(store, "0000") is not None
+    assert disk.kept(place(store, "0000")) is not None
     assert __main__.main(["cache", "--prune", "--limit", "0"]) == 0
     assert [entry.kind for entry in cache.entries()] == ["leftover"]  # which a process may still be writing
 

@@ -8,8 +8,16 @@ from __future__ import annotations
 import faults
 import pytest
 
+KINDS = {
+    faults.two_runs_of_unlike_results: pytest.mark.kind("record-with-notebook"),
+    faults.ends_of_a_book_alone: pytest.mark.kind("orphans-and-scratch"),
+    faults.a_run_beside_an_old_one: pytest.mark.kind("orphans-and-scratch"),
+}
 
-@pytest.mark.parametrize("trial", faults.TRIALS, ids=lambda trial: trial.__name__)
+
+@pytest.mark.parametrize(
+    "trial", [pytest.param(trial, marks=KINDS.get(trial, ()), id=trial.__name__) for trial in faults.TRIALS]
+)
 def test_nothing_is_lost(trial, tmp_path):
     told = trial(tmp_path)
     assert told.sound, told

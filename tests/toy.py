@@ -13,7 +13,7 @@ import json, os, pathlib, sys
 print("to be dropped", file=sys.stderr)
 for i in range(n):
     print(model, i * scale, flush=True)
-folder = pathlib.Path(os.environ["KNCORE_RESULTS"], "tiny")
+folder = pathlib.Path(os.environ["KNCORE_RESULTS"], model.replace("/", "--"))
 folder.mkdir(parents=True, exist_ok=True)
 _ = (folder / "claim.json").write_text(json.dumps({"n": n}))"""
 
