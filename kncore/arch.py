@@ -21,13 +21,19 @@ class Site(NamedTuple):
     side: str  # "input" or "output"
 
 
+BUFFERS = r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|embeddings\.(position|token_type)_ids)$"
+POOLER = r"(^|\.)pooler\.dense\.(weight|bias)$"
+NEXT_SENTENCE = r"^cls\.seq_relationship\.(weight|bias)$"
+
+
 @dataclass(frozen=True)
 class ArchSpec:
     """One model family.
 
     `sites` names the places that can be read and changed inside a block: `neuron` (the coefficients of the value
     vectors), `authors` (where the published code of Niu et al. reads them), `mlp`, `attention` (what each adds to the
-    residual stream) and `residual` (what enters the block).
+    residual stream) and `residual` (what enters the block). `spare` is a pattern of the weights that a checkpoint may
+    hold and no result depends on: heads for other tasks, and buffers that are computed anew.
     """
 
     family: str
@@ -37,6 +43,7 @@ class ArchSpec:
     head: str
     masked: bool = False
     cache: str = "past_key_values"
+    spare: str = BUFFERS
 
 
 def _sites(projection: str, authors: Site, mlp: str, attention: str) -> dict[str, Site]:
@@ -57,8 +64,18 @@ _BERT_SITES = _sites("output.dense", Site("intermediate", "output"), "output.den
 SPECS: dict[str, ArchSpec] = {
     spec.family: spec
     for spec in (
-        ArchSpec("bert", "bert.encoder.layer", _BERT_SITES, None, "cls", masked=True),
-        ArchSpec("roberta", "roberta.encoder.layer", _BERT_SITES, None, "lm_head", masked=True),
+        ArchSpec(
+            "bert",
+            "bert.encoder.layer",
+            _BERT_SITES,
+            None,
+            "cls",
+            masked=True,
+            spare=f"{BUFFERS}|{POOLER}|{NEXT_SENTENCE}",
+        ),
+        ArchSpec(
+            "roberta", "roberta.encoder.layer", _BERT_SITES, None, "lm_head", masked=True, spare=f"{BUFFERS}|{POOLER}"
+        ),
         ArchSpec(
             "gpt2",
             "transformer.h",
@@ -83,7 +100,7 @@ SPECS: dict[str, ArchSpec] = {
 
 def spec_for(model_type: str) -> ArchSpec:
     """The row of `SPECS` for a Hugging Face `model_type`; ValueError names the families that work."""
-    if model_type not in SPECS:
+    if not isinstance(model_type, str) or model_type not in SPECS:
         raise ValueError(
             f"model family {model_type!r} is not supported; supported: {', '.join(SPECS)}. "
             "A family is one row of kncore.arch.SPECS."

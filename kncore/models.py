@@ -20,11 +20,11 @@ from pathlib import Path
 import pooch
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from kncore import arch, checkpoint, disk
+from kncore import arch, checkpoint, disk, state
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ REGISTRY: dict[str, Wheel | Shipped | Hub] = {
 class LM:
     """A loaded language model: frozen weights, evaluation mode, architecture checked.
 
-    `revision` identifies the weights (hub commit, or a hash of the files); with `name` it goes into every record and
-    every cache key.
+    `revision` identifies the weights and the tokenizer (hub commit, or a hash of the files); with `name` it goes into
+    every record and every store key. `loaded` is the hash of what the model held when it was loaded, see
+    `kncore.state.content`; `session` keeps it to one thread at a time.
     """
 
     name: str
@@ -94,7 +95,12 @@ class LM:
     model: nn.Module
     tokenizer: object
     spec: arch.ArchSpec
-    _loaded: int = field(default=0, repr=False)
+    loaded: str | None = field(default=None, repr=False)
+    session: state.Session = field(default_factory=state.Session, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.loaded is None:
+            object.__setattr__(self, "loaded", state.content(self.model))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -123,25 +129,8 @@ class LM:
 
     @property
     def touched(self) -> bool:
-        """True if weights were written or hooks hung since the model was loaded: cached results no longer apply.
-
-        PyTorch does not count writes through `parameter.data`: seen are those of a whole row or column, or more.
-        """
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
-        return hooked or _state(self.model) != self._loaded
-
-
-def _state(model: nn.Module) -> int:
-    # Weights on disk are read anew for every pass, and cannot be written.
-    return hash(tuple((p.data_ptr(), *(() if p.is_meta else (p._version, _sample(p)))) for p in model.parameters()))
-
-
-@torch.no_grad()
-def _sample(parameter: Tensor) -> bytes:
-    """One number of each row and one of each column, as they are."""
-    table = parameter.detach().reshape(len(parameter), -1) if parameter.dim() > 1 else parameter.detach().reshape(1, -1)
-    at = torch.arange(max(table.shape), device=table.device)
-    return table[at % table.shape[0], at % table.shape[1]].view(torch.uint8).cpu().numpy().tobytes()
+        """True if the model is not as it was loaded: weights or modules were changed, or hooks hang on it."""
+        return self.loaded is None or state.content(self.model) != self.loaded
 
 
 def cache_folder() -> Path:
@@ -188,22 +177,53 @@ def load(
     and the disk: "auto", or a device for each part, as accelerate has it. What is not on a device is read for every
     pass. Such a model can be captured, suppressed, asked and attributed, but its weights are not edited.
 
-    Raises ValueError for an unsupported family, a checkpoint without a language-model head or with weights missing,
-    an unknown name, and a device or dtype that there is not; OSError where the files cannot be had.
+    What PyTorch is set to outside (inference mode, default dtype and device, autocast) does not act on the model, apart
+    from the default device, which it is moved to. Weights of a folder of yours are copied into memory: what is written
+    there later does not reach the model.
+
+    Raises ValueError for an unknown name, a device or dtype that there is not, an unsupported family, and a model whose
+    numbers could not be trusted (see `kncore.checkpoint`): weights that are missing, left over, quantised or not
+    finite, a tokenizer that does not fit, attention in the wrong direction; OSError where the files cannot be had.
     """
     if device is not None and device_map is not None:
         raise ValueError(f"give a device ({device}) or a device map, not both")
     device, dtype = place("cpu" if device_map else device, dtype)
     kwargs = {}
     source = _source(name_or_path)
+    if own := local(source):
+        check(source)
+        stamps = checkpoint.stamps(own)
     name, revision = identity(name_or_path)
-    folder = local(source) or (fetch(source) if source in REGISTRY else _snapshot(_hub(source)))
+    folder = own or (fetch(source) if source in REGISTRY else _snapshot(_hub(source)))
     if device_map is not None:
         # Only weights that are not in the checkpoint as the model has them are written there.
         kwargs |= {"device_map": device_map, "offload_folder": cache_folder() / "offload" / f"{revision}-{dtype}"}
-    model, tokenizer, spec = _from_pretrained(folder, dtype, **kwargs)
-    (model if device_map else model.to(device)).eval().requires_grad_(False)
-    return LM(name, revision, model, tokenizer, spec, _state(model))
+    with _ordinary(device):
+        model, tokenizer, spec = _from_pretrained(folder, dtype, device, **kwargs)
+        if own:
+            for parameter in model.parameters():  # they may be the file itself, as the memory of the process shows it
+                if parameter.device.type == "cpu":
+                    parameter.data = parameter.data.clone()
+            if checkpoint.stamps(folder) != stamps:
+                raise ValueError(f"files in {str(folder)!r} were written while they were read; load the model again")
+        return LM(name, revision, model, tokenizer, spec)
+
+
+@contextlib.contextmanager
+def _ordinary(device: torch.device) -> Iterator[None]:
+    """Context without what PyTorch was set to outside; ValueError inside a mode that takes the place of its tensors."""
+    if _get_current_dispatch_mode_stack():
+        raise ValueError("a model cannot be loaded inside a dispatch mode of PyTorch, such as FakeTensorMode; leave it")
+    with contextlib.ExitStack() as outside:
+        outside.enter_context(torch.inference_mode(False))
+        outside.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            outside.enter_context(torch.device("cpu"))
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                outside.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def place(
@@ -263,56 +283,61 @@ def check(name: str) -> None:
     """Raises ValueError where `load` could not know what a name means: no such name, folder or pinned hub model."""
     if folder := local(name):
         try:
-            arch.spec_for(str(checkpoint.config(folder).get("model_type")))
+            checkpoint.check_files(folder)
         except OSError as error:
-            raise ValueError(f"{str(folder)!r} is not a model folder: config.json: {error}") from error
+            raise ValueError(f"{str(folder)!r} is not a model folder that can be read: {error}") from error
     elif name not in REGISTRY:
         _hub(name)
 
 
-def _from_pretrained(folder, dtype: torch.dtype, device_map=None, offload_folder=None, **kwargs):
+def _from_pretrained(folder: Path, dtype: torch.dtype, device: torch.device, device_map=None, offload_folder=None):
+    """Model (on its device, frozen), tokenizer and row of the table of families; ValueError where it is not loaded."""
     import transformers
 
-    kwargs["trust_remote_code"] = False
-    places = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
-    remedy = "get an intact copy of it" if device_map is None else "check the device map, or get an intact copy"
-    with _understood(folder, remedy):
-        config = transformers.AutoConfig.from_pretrained(folder, **kwargs)
-    spec = arch.spec_for(config.model_type)
-    auto = transformers.AutoModelForMaskedLM if spec.masked else transformers.AutoModelForCausalLM
-    with _understood(folder, remedy), _quiet(transformers):
-        model, info = auto.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **places, **kwargs
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kwargs)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{str(folder)!r} lacks the weights of {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}: they "
-            f"would be random. Use a checkpoint of {type(model).__name__}, with its language-model head."
-        )
+    spec = checkpoint.check_files(folder)
+    remote = {"trust_remote_code": False}
+    with _understood(f"config.json in {str(folder)!r}", "correct it"):
+        config = transformers.AutoConfig.from_pretrained(folder, **remote)
+    checkpoint.check_rotation(folder, getattr(config, "rope_parameters", None))
+    # How an output is wrapped, and computed, is no matter of the checkpoint.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    config.chunk_size_feed_forward = 0
+    if config._attn_implementation not in ("eager", "sdpa"):
+        config._attn_implementation = None
+    options = {"config": config, "dtype": dtype, "use_safetensors": True, **remote}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with their names
+    if device_map is not None:
+        options |= {"device_map": device_map, "offload_folder": offload_folder}
+    remedy = "correct its config.json" if device_map is None else "correct its config.json or the device map"
+    with _understood(f"the model in {str(folder)!r}", remedy), _quiet(transformers):
+        auto = transformers.AutoModelForMaskedLM if spec.masked else transformers.AutoModelForCausalLM
+        model, info = auto.from_pretrained(folder, **options)
+    with _understood(f"the tokenizer in {str(folder)!r}", "save it there anew with `tokenizer.save_pretrained`"):
+        plain = checkpoint.tokenizer_class(folder) in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        kind = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer  # which may know better
+        tokenizer = kind.from_pretrained(folder, **remote)
+    checkpoint.check_weights(folder, model, spec, info)
+    if device_map is None and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("a model cannot be loaded inside a context that leaves weights out: leave init_empty_weights")
     arch.check(model, spec)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
-        raise ValueError(f"{str(folder)!r} holds no tokenizer; save it there with `tokenizer.save_pretrained`")
-    if spec.masked and tokenizer.mask_token is None:
-        raise ValueError(f"{str(folder)!r} is a masked language model, but its tokenizer has no mask token")
+    checkpoint.check_tokenizer(folder, tokenizer, model, spec)
+    (model if device_map else model.to(device)).eval().requires_grad_(False)
+    checkpoint.check_numbers(folder, model, dtype)
+    checkpoint.check_direction(folder, tokenizer, model, spec)
     return model, tokenizer, spec
 
 
 @contextlib.contextmanager
-def _understood(folder, remedy: str) -> Iterator[None]:
+def _understood(what: str, remedy: str) -> Iterator[None]:
     """Context that says what could not be loaded, and what to do; transformers has no error of its own for it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise _absent(str(folder), error) from error
     except Exception as error:
         if ran_out(error):
             raise
-        told = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"transformers cannot load {str(folder)!r} ({type(error).__name__}: {told}); {remedy}"
-        ) from error
+        kind = OSError if isinstance(error, OSError) else ValueError
+        reason = " ".join(str(error).split())[:200]
+        raise kind(f"{what} cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 class _quiet:

@@ -47,8 +47,7 @@ def test_a_saved_folder_loads_as_the_model_it_was(family, tmp_path):
     assert not lm.model.training and not lm.touched
     assert all(not p.requires_grad and p.dtype == torch.float32 for p in lm.model.parameters())
     assert (len(lm.blocks), lm.n_neurons, lm.device.type) == (3, 24, "cpu")
-    if family != "qwen2":  # transformers replaces the tokenizer of a Qwen2 folder by one of Qwen2's class
-        assert tokens.encode(lm, Query("the capital of France is", "Paris")).target == (13,)
+    assert tokens.encode(lm, Query("the capital of France is", "Paris")).target == (13,)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -203,9 +202,10 @@ def test_code_in_a_model_folder_is_never_run(tmp_path):
     (tmp_path / "theirs.py").write_text("raise SystemExit('this was run')\n")
     auto = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
     rewrite(tmp_path, auto_map=auto)
-    assert type(load(tmp_path).model) is transformers.LlamaForCausalLM
+    with pytest.raises(ValueError, match="asks for code of its own .*theirs.Config.*which is not run"):
+        load(tmp_path)
     rewrite(tmp_path, auto_map=auto, model_type="theirs")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="'theirs' is not supported"):
         load(tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_a_cut_weights_file_is_named(tmp_path):
     save(tmp_path, "llama")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(OSError, match=f"cannot load '{tmp_path}'.*deserializing"):
+    with pytest.raises(ValueError, match=f"{weights}' is damaged .*deserializing"):
         load(tmp_path)
 
 
@@ -277,7 +277,7 @@ def llama_cpp_order(weight, heads):
 
 def write_gguf(path, model):
     config = model.config
-    words = [*(f"<{i}>" for i in range(config.vocab_size - 6)), "a", "b", "Ġ", "Ġa", "ab", "Ġab"]
+    words = [*(f"<{i}>" for i in range(config.vocab_size - 7)), "<|endoftext|>", "a", "b", "Ġ", "Ġa", "ab", "Ġab"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
