@@ -5,6 +5,8 @@ range. Going up the range, each block's value vectors take an equal part of what
 that leaves other keys alone: with keys K [request, neuron], missing parts R [request, hidden] and C = E[k kᵀ],
 
     W ← W + (λC + KᵀK)⁻¹ Kᵀ R
+
+K holds the mean of each request's key over its prefixes, the same in both places; so does the published code.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kncore import tokens
+from kncore import checks, editing, tokens
 from kncore.covariance import reached, solve
 from kncore.interventions import Delta, edited
 from kncore.models import LM
@@ -28,11 +30,19 @@ BATCH = 64  # prompts that are run together
 
 @dataclass(frozen=True)
 class Hyper:
-    """`first` to `last` are the blocks that are rewritten; `weight` is λ, how much the other keys count."""
+    """`first` to `last` are the blocks that are rewritten; `weight` is λ, how much the other keys count.
+
+    Raises ValueError for a setting out of its range; of the blocks, only `check` can tell.
+    """
 
     first: int
     last: int
     weight: float = 100.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first", checks.whole(self.first, "first"))
+        object.__setattr__(self, "last", checks.whole(self.last, "last"))
+        object.__setattr__(self, "weight", editing.number(self.weight, "weight", above=True))
 
 
 def memit(
@@ -46,11 +56,16 @@ def memit(
 
     `asked`: each request alone and after its prefixes; `changes`: what `rome.search` found for it at block
     `settings.last`; `moments`: the covariance of every block of the range (None: the identity). Raises ValueError as
-    `check` does, and where λC + KᵀK is singular.
+    `check` does, for no requests, another number of changes or covariances, where λC + KᵀK is singular, for a key that
+    is zero, and numbers that are not finite.
     """
     check(lm, settings)
     if len(moments) != settings.last - settings.first + 1:
         raise ValueError(f"{len(moments)} covariances for blocks {settings.first} to {settings.last}")
+    if not len(asked) or len(asked) != len(changes) or len({len(group) for group in asked}) > 1:
+        raise ValueError(
+            f"{len(asked)} requests and {len(changes)} changes; give one change for each, all with as many prompts"
+        )
     encoded = [tokens.encode(lm, query) for group in asked for query in group]
     places = [tokens.span(lm, query)[1] for group in asked for query in group]
 
@@ -69,6 +84,12 @@ def memit(
             keys = look(block, "neuron").mean(1)
             now = look(settings.last + 1, "residual")[:, 0]
         missing = (goal - now) / (settings.last - block + 1)
+        if not bool(keys.isfinite().all() & missing.isfinite().all()):
+            raise ValueError(
+                f"the keys of block {block} or what is to be added there are not finite; check the weights"
+            )
+        if not bool(keys.any(1).all()):
+            raise ValueError(f"the neurons of block {block} are zero at a subject: nothing can be stored under its key")
         base = torch.eye(keys.shape[1], dtype=torch.float64, device=lm.device) if moment is None else moment.double()
         reads = solve(settings.weight * base + keys.T @ keys, keys)
         deltas.append(Delta(block, reads.float(), missing.float()))

@@ -1,8 +1,11 @@
 """The second moment of keys against the mean of outer products, token by token; and text sampled from the model."""
 
+import functools
+import itertools
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -132,7 +135,7 @@ def test_samples_are_drawn_once(monkeypatch):
     monkeypatch.setattr(covariance, "SAMPLES", 4)
     lm = MODELS["gpt2"]
     first = [covariance.covariance(lm, block) for block in (0, 1)]
-    monkeypatch.setattr(covariance, "generate", None)
+    monkeypatch.setattr(covariance, "generate", functools.wraps(generate)(lambda *_: pytest.fail("drawn again")))
     again = [covariance.covariance(lm, block) for block in (0, 1)]
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
@@ -148,13 +151,14 @@ def test_a_half_written_entry_is_computed_again(folder, left):
     assert file.read_bytes() == whole_file
 
 
-def test_a_changed_model_is_neither_looked_up_nor_stored(folder):
+def test_a_changed_model_has_a_covariance_of_its_own(folder):
     lm = tiny.lm("llama")
     want = covariance.covariance(lm, 1, str(folder))
     with torch.no_grad():
         whole.projection(lm, 0).weight.mul_(2)
-    assert not torch.allclose(covariance.covariance(lm, 1, str(folder)), want)
-    assert len(files()) == 1
+    for _ in range(2):
+        assert not torch.allclose(covariance.covariance(lm, 1, str(folder)), want)
+    assert torch.equal(covariance.covariance(tiny.lm("llama"), 1, str(folder)), want)
 
 
 def test_bad_sources_and_blocks_are_refused(tmp_path):
@@ -164,6 +168,97 @@ def test_bad_sources_and_blocks_are_refused(tmp_path):
         covariance.covariance(MODELS["gpt2"], 0, str(tmp_path))
     with pytest.raises(ValueError, match="block 3 does not exist; tiny-gpt2 has blocks 0 to 2"):
         covariance.covariance(MODELS["gpt2"], 3, "text")
+
+
+@pytest.mark.kind("raw-errors")
+def test_sources_that_are_no_folder_of_text_are_named(tmp_path):
+    lm, file = MODELS["gpt2"], tmp_path / "some.txt"
+    file.write_text("the cat is red")
+    with pytest.raises(ValueError, match="is a file; name the folder"):
+        covariance.covariance(lm, 0, str(file))
+    for wrong in ("", " ", None, 3):
+        with pytest.raises(ValueError, match="or a folder of text files"):
+            covariance.covariance(lm, 0, wrong)
+    assert torch.equal(covariance.covariance(lm, np.int64(1), tmp_path), covariance.covariance(lm, 1, str(tmp_path)))
+    for wrong in (True, 1.0, None):
+        with pytest.raises(ValueError, match="block must be a whole number"):
+            covariance.covariance(lm, wrong, "text")
+
+
+@pytest.mark.kind("not-a-number")
+@on_all_families
+@pytest.mark.parametrize("texts", [[""], [" \n", ""], ["the"]], ids=str)
+def test_text_of_less_than_two_tokens_has_no_covariance(family, texts, tmp_path):
+    """Of a masked model the special tokens that it would put around nothing are no text."""
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    if MODELS[family].spec.masked and texts == ["the"]:
+        assert covariance.covariance(MODELS[family], 0, str(tmp_path)).isfinite().all()  # [CLS] the [SEP]
+    else:
+        with pytest.raises(ValueError, match="no two tokens in a row"):
+            covariance.covariance(MODELS[family], 0, str(tmp_path))
+    assert bool(files()) == (MODELS[family].spec.masked and texts == ["the"])
+
+
+@pytest.mark.kind("not-a-number", own=True)
+def test_an_empty_file_beside_text_adds_nothing(tmp_path, folder):
+    lm = MODELS["bert"]
+    want = covariance.covariance(lm, 1, str(folder))
+    (folder / "empty.txt").write_text("\n")
+    assert torch.equal(covariance.covariance(lm, 1, str(folder)), want)
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_a_text_of_fewer_tokens_than_neurons_is_refused_whatever_its_rounding(family, tmp_path):
+    """24 neurons: 23 tokens leave one direction of which nothing is known, and rounding decided whether that showed."""
+    lm = MODELS[family]
+    words = tiny.WORDS
+    for start in range(8):
+        n = 21 if lm.spec.masked else 23  # and two special tokens
+        text = " ".join(itertools.islice(itertools.cycle(words[start:] + words[:start]), n))
+        (tmp_path / "text.txt").write_text(text)
+        moment = covariance.covariance(lm, 1, str(tmp_path))
+        with pytest.raises(ValueError, match="24 neurons is singular: too little text"):
+            covariance.solve(moment, torch.ones(1, 24))
+
+
+@pytest.mark.kind("not-a-number", own=True)
+def test_whether_a_covariance_is_singular_does_not_hang_on_the_units_of_a_neuron():
+    rows = torch.randn(60, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows[:, 2] *= 1e-6
+    keys = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    moment = rows.T @ rows / 60
+    torch.testing.assert_close(covariance.solve(moment, keys) @ moment, keys, atol=1e-9, rtol=1e-9)
+    rows[:, 2] = rows[:, 3] * 1e-6
+    with pytest.raises(ValueError, match="singular"):
+        covariance.solve(rows.T @ rows / 60, keys)
+    rows = rows[:5].float()
+    with pytest.raises(ValueError, match="singular"):
+        covariance.solve(rows.T @ rows, keys)
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_neurons_that_are_not_numbers_have_no_covariance(family, folder):
+    lm = tiny.lm(family)
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[lm.tokenizer.get_vocab()["cats"]] = float("nan")
+    with pytest.raises(ValueError, match=f"block 1 of tiny-{family} are not finite"):
+        covariance.covariance(lm, 1, str(folder))
+    assert not files()
+
+
+@pytest.mark.kind("raw-errors", own=True)
+def test_a_model_without_probabilities_writes_no_text():
+    lm = tiny.lm("llama")
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[3] = float("nan")
+    for seed in (0, None):
+        with pytest.raises(ValueError, match="probabilities of tiny-llama are not numbers"):
+            generate(lm, torch.tensor([[5, 6]]), 5, seed=seed)
+    with pytest.raises(ValueError, match="the context of tiny-gpt2 is 64"):
+        generate(MODELS["gpt2"], torch.tensor([[5, 6]]), 65)
 
 
 # Sampling

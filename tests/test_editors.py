@@ -1,7 +1,9 @@
 """The registry of editors: what each gives, what it keeps on disk, and that its edits do what was asked."""
 
+import functools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +13,7 @@ from kncore import attribution, cache, cases, editors, finetune, neurons, rome, 
 from kncore.covariance import covariance
 from kncore.editors import EDITORS, Edit, edit
 from kncore.interventions import Delta, edited
-from kncore.models import LM, _state, load
+from kncore.models import LM, load
 from kncore.tasks import Query
 
 MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
@@ -38,7 +40,13 @@ def small(monkeypatch):
 def searched(monkeypatch):
     """How many requests each call of the search was given."""
     seen, search = [], rome.search
-    monkeypatch.setattr(rome, "search", lambda lm, some, *rest: seen.append(len(some)) or search(lm, some, *rest))
+
+    @functools.wraps(search)  # the store looks at the code of the wrapped one
+    def counted(lm, some, *rest):
+        seen.append(len(some))
+        return search(lm, some, *rest)
+
+    monkeypatch.setattr(rome, "search", counted)
     return seen
 
 
@@ -74,8 +82,13 @@ def test_every_editor_gives_an_edit_for_each_request_and_finds_it_again(family, 
             with edited(lm, *one.deltas):
                 assert lm.touched
     before = {file: file.stat().st_ino for file in files()}  # a file written again is another one
-    for module, function in ((rome, "search"), (finetune, "finetune"), (attribution, "attribute")):
-        monkeypatch.setattr(module, function, None)
+    for module, name_there in ((rome, "search"), (finetune, "finetune"), (attribution, "attribute")):
+
+        @functools.wraps(getattr(module, name_there))
+        def never(*_):
+            raise AssertionError("computed again")
+
+        monkeypatch.setattr(module, name_there, never)
     assert all(map(same, edit(lm, requests(lm), name), edits))
     assert before == {file: file.stat().st_ino for file in files()}
 
@@ -96,19 +109,26 @@ def test_masked_models_have_no_memit_and_say_so_before_any_work(searched):
 # What they write
 
 
-@pytest.mark.parametrize(("name", "source"), [("rome", "text"), ("rome-identity", "identity")])
-def test_rome_is_the_search_written_with_the_covariance(name, source, searched):
+@pytest.mark.kind("rome-one-key")
+@pytest.mark.filterwarnings("ignore:the key of the request alone")
+@pytest.mark.parametrize(
+    ("name", "source", "key"),
+    [("rome", "text", "bare"), ("rome-published", "text", "published"), ("rome-identity", "identity", "published")],
+)
+def test_rome_is_the_search_written_with_the_covariance_under_the_key(name, source, key, searched):
     lm = MODELS["llama"]
     got = edit(lm, requests(lm), name)
     c = covariance(lm, 1, source)
     for one, found in zip(got, rome.search(lm, requests(lm), SMALL), strict=True):
-        assert same(one, Edit((rome.delta(found, c, 1),)))
+        assert same(one, Edit((rome.delta(found, c, 1, key),)))
 
 
-def test_both_kinds_of_rome_and_memit_share_the_search(searched):
+@pytest.mark.filterwarnings("ignore:the key of the request alone")
+def test_all_kinds_of_rome_and_memit_share_the_search(searched):
     lm = MODELS["gpt2"]
-    for name in ("rome", "rome-identity", "memit"):
+    for name in ("rome", "rome-published", "rome-identity", "memit"):
         edit(lm, requests(lm), name)
+    editors.rome_edits(lm, requests(lm), replace(SMALL, covariance="identity", key="mean"))
     assert searched == [3]
 
 
@@ -167,18 +187,18 @@ def test_the_value_update_looks_for_neurons_in_all_templates_of_a_relation(monke
 
 
 @pytest.mark.parametrize("name", WRITING)
-def test_inside_an_edit_the_edited_model_is_edited_and_nothing_is_stored(name):
+def test_inside_an_edit_the_edited_model_is_edited_and_what_is_stored_of_the_other_stays(name):
     lm, second = MODELS["llama"], requests(MODELS["llama"])[1]
     base = Delta(0, torch.ones(1, 24), torch.linspace(-1, 1, 16)[None])
     edit(lm, [second], name)
-    before = files()
+    before = {file: file.read_bytes() for file in files()}
     with edited(lm, base):
         (inside,) = edit(lm, [second], name)
-    assert files() == before
+    assert all(file.read_bytes() == content for file, content in before.items())
     fresh = tiny.lm("llama")
     with torch.no_grad():
         whole.vectors(fresh, 0).add_(base.neurons.T @ base.hidden)
-    written = LM(fresh.name, "written", fresh.model, fresh.tokenizer, fresh.spec, _state(fresh.model))
+    written = LM(fresh.name, "written", fresh.model, fresh.tokenizer, fresh.spec)
     (want,) = edit(written, [second], name)
     (plain,) = edit(lm, [second], name)
     apart = [difference(inside, other) for other in (want, plain)]
@@ -224,7 +244,7 @@ def test_memit_leaves_out_what_failed(monkeypatch):
 
 def test_a_search_that_diverged_stays_a_failure_in_the_store():
     lm = MODELS["gpt2"]
-    hyper = replace(SMALL, lr=float("inf"), covariance="text")
+    hyper = replace(SMALL, lr=1e30, clamp=float("inf"), covariance="text")
     for _ in range(2):
         assert all(one.deltas == () and "diverged" in one.failed for one in editors.rome_edits(lm, requests(lm), hyper))
 
@@ -251,6 +271,120 @@ def test_wrong_arguments_are_refused():
             edit(lm, [replace(requests(lm)[0], subject="")], name)
 
 
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize("name", EDITORS)
+def test_requests_come_in_any_iterable_or_are_refused(name):
+    lm = MODELS["llama"]
+    got = edit(lm, iter(requests(lm)[:1]), name)
+    assert all(map(same, got, edit(lm, requests(lm)[:1], name))) and len(got) == 1
+    for editor in (lambda lm, some: edit(lm, some, name), EDITORS[name]):
+        for nothing in ([], iter(()), {}):
+            with pytest.raises(ValueError, match="no requests to edit; give at least one"):
+                editor(lm, nothing)
+        for wrong in (requests(lm)[0], None, 7, "text", [None], [requests(lm)[0], "text"], [["a", "b"]]):
+            with pytest.raises(TypeError, match="expected a list of Query as requests"):
+                editor(lm, wrong)
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_block_that_adds_nothing_is_a_failure_of_every_edit_of_it(family, name, monkeypatch):
+    """All MLPs of the model are zero: no key, no value, no neuron bears on the answer, and no change is written."""
+    lm = tiny.lm(family)
+    monkeypatch.setattr(rome, "hyper", lambda lm: replace(SMALL, covariance="identity"))
+    with torch.no_grad():
+        for block in range(3):
+            for parameter in lm.model.get_submodule(whole.PLACES[family][0])[block].mlp.parameters():
+                parameter.zero_()
+    made = edit(lm, requests(lm), name)
+    assert all(one.failed and not one.deltas for one in made)
+    assert any(word in made[0].failed for word in ("zero", "nothing", "does not depend"))
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize("name", ["rome", "fine-tuning", "memit"])
+def test_a_request_without_numbers_fails_alone_and_from_the_store_too(name):
+    lm = tiny.lm("llama")
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[lm.tokenizer.get_vocab()["Spain"]] = float("nan")
+    for _ in range(2):
+        made = edit(lm, requests(lm), name)
+        assert [bool(one.failed) for one in made] == [False, True, False]
+        assert "are not numbers" in made[1].failed and made[0].deltas and made[2].deltas
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize("name", WRITING)
+def test_what_the_model_says_already_is_a_failure(name):
+    lm = MODELS["llama"]
+    query = requests(lm)[0]
+    with torch.no_grad():
+        top = int(lm.model(torch.tensor([lm.tokenizer(query.prompt)["input_ids"]])).logits[0, -1].argmax())
+    (one,) = edit(lm, [replace(query, foil=lm.tokenizer.convert_ids_to_tokens(top), target="Spain")], name)
+    assert one.deltas == () and "gives the new answer already" in one.failed
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.filterwarnings("ignore:.*not in the vocabulary")
+def test_answers_that_begin_alike_have_no_update_of_neurons_and_the_same_tokens_none_at_all():
+    lm = MODELS["llama"]
+    query = replace(requests(lm)[0], target="red France", foil="red Spain")
+    assert "begin with the same token" in edit(lm, [query], "neurons")[0].failed
+    assert not any(edit(lm, [query], name)[0].failed for name in WRITING if name != "neurons")
+    for name in WRITING:
+        assert "the same token" in edit(lm, [replace(query, target="Oslo", foil="Bergen")], name)[0].failed
+
+
+@pytest.mark.kind("not-a-number", own=True)
+def test_deltas_that_are_zero_are_a_failure_and_not_an_edit():
+    some, none = torch.ones(1, 24), torch.zeros(1, 16)
+    assert "zero" in editors.written(Delta(0, some, none), Delta(1, torch.zeros(1, 24), none + 1)).failed
+    assert editors.written(Delta(0, some, none + 1)).deltas
+
+
+@pytest.mark.kind("not-a-number", own=True)
+@pytest.mark.parametrize("scale", [0, -0.1, float("nan"), float("inf"), "1", True, None])
+def test_a_scale_that_writes_nothing_is_refused(scale):
+    with pytest.raises(ValueError, match="scale"):
+        editors.neuron_edits(MODELS["llama"], requests(MODELS["llama"]), scale)
+
+
+@pytest.mark.kind("raw-errors")
+def test_settings_of_numpy_and_wrong_blocks(searched):
+    lm = MODELS["llama"]
+    want = editors.rome_edits(lm, requests(lm), SMALL)
+    got = editors.rome_edits(lm, requests(lm), replace(SMALL, block=np.int64(1), lr=np.float64(0.1)))
+    assert all(map(same, got, want)) and searched == [3]
+    for block in (-1, 3):
+        with pytest.raises(ValueError, match="has blocks 0 to 2"):
+            editors.rome_edits(lm, requests(lm), replace(SMALL, block=block))
+        with pytest.raises(ValueError, match="has blocks 0 to 2"):
+            editors.fine_tuning(lm, requests(lm), finetune.Hyper(block))
+    for wrong in (None, ["rome"], 3):
+        with pytest.raises(ValueError, match="unknown editor"):
+            edit(lm, requests(lm), wrong)
+    assert searched == [3]
+
+
+@pytest.mark.kind("raw-errors")
+@pytest.mark.parametrize("name", WRITING)
+def test_gradient_checkpointing_of_the_model_changes_no_edit(name):
+    lm, other = tiny.lm("gpt2"), tiny.lm("gpt2")
+    other.model.gradient_checkpointing_enable()
+    with torch.no_grad():
+        for one, two in zip(edit(lm, requests(lm), name), edit(other, requests(lm), name), strict=True):
+            assert same(one, two) and one.deltas
+
+
+def test_neuron_queries_are_what_is_read_for_the_relation():
+    relation = tasks.describe("capital")
+    query = replace(tasks.ask(relation, ("France", "Paris"), relation.templates[0]), foil="Madrid")
+    told = editors.neuron_queries(query)
+    assert [one.prompt for one in told] == [text.replace("{}", "France") for text in relation.templates]
+    assert editors.neuron_queries(replace(query, task="P36")) == [replace(query, task="P36")]
+
+
 # The store
 
 
@@ -259,6 +393,7 @@ def test_a_killed_run_goes_on_where_it_was(searched, monkeypatch):
     monkeypatch.setattr(editors, "BATCH", 1)
     search = rome.search
 
+    @functools.wraps(search)
     def killed(lm, some, *rest):
         if len(searched) == 2:
             raise KeyboardInterrupt

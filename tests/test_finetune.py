@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -109,9 +110,73 @@ def test_failures_are_told_in_words():
     found = finetune(lm, requests(lm), replace(QUICK, stop=sum(losses[:2]) / 2))
     assert sorted(isinstance(one, str) for one in found) == [False, False, True]
     assert "gives the new answer already" in next(one for one in found if isinstance(one, str))
-    endless = replace(QUICK, lr=float("inf"), limit=float("inf"))
-    assert all("diverged after 1 steps" in one for one in finetune(lm, requests(lm), endless))
+    endless, half = replace(QUICK, lr=1e6, limit=float("inf")), tiny.lm("llama", dtype=torch.float16)
+    assert all("diverged after 1 steps" in one for one in finetune(half, requests(lm), endless))
     with pytest.raises(ValueError, match="no new answer"):
         finetune(lm, [replace(requests(lm)[0], foil="")], QUICK)
     with pytest.raises(ValueError, match="block 3 does not exist"):
         finetune(lm, requests(lm), replace(QUICK, block=3))
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_what_the_model_says_already_is_a_failure_however_probable(family):
+    lm = MODELS[family]
+    query = requests(lm)[0]
+    asked = whole.ask(lm, query, "Paris")
+    with torch.no_grad():
+        top = int(whole.run(lm, asked, 0)[0][asked.places[0]].argmax())
+    query = replace(query, foil=lm.tokenizer.convert_ids_to_tokens(top), target="Spain")
+    assert loss(lm, query) > QUICK.stop
+    told = finetune(lm, [query, requests(lm)[1]], QUICK)
+    assert "gives the new answer already" in told[0] and isinstance(told[1], Delta)
+
+
+@pytest.mark.kind("not-a-number")
+def test_the_same_tokens_zero_neurons_and_numbers_that_are_none_are_failures():
+    with pytest.warns(UserWarning, match="not in the vocabulary"):
+        (told,) = finetune(
+            MODELS["llama"], [replace(requests(MODELS["llama"])[0], target="Oslo", foil="Bergen")], QUICK
+        )
+    assert "same tokens" in told
+    lm = tiny.lm("gpt2")
+    with torch.no_grad():
+        for parameter in lm.model.transformer.h[1].mlp.c_fc.parameters():
+            parameter.zero_()
+    assert all("does not depend on the value vectors of block 1" in one for one in finetune(lm, requests(lm), QUICK))
+
+
+@pytest.mark.kind("not-a-number", own=True)
+def test_a_request_without_numbers_leaves_the_others_as_they_are():
+    lm = tiny.lm("llama")
+    want = finetune(lm, requests(lm), QUICK)
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[lm.tokenizer.get_vocab()["Spain"]] = float("nan")
+    got = finetune(lm, requests(lm), QUICK)
+    assert "are not numbers" in got[1]
+    for i in (0, 2):
+        assert float(((change(got[i]) - change(want[i])).abs() > 0.02 * QUICK.lr).float().mean()) < 0.05
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"steps": 1.0}, {"lr": -1}, {"lr": 0}, {"lr": np.inf}, {"limit": 0}, {"limit": -1e-3}, {"stop": -1},
+     {"block": True}, {"block": 0.5}, {"limit": None}],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Hyper(**{"block": 1, **wrong})
+    assert Hyper(np.int64(1), lr=np.float32(0.5)) == Hyper(1, lr=0.5)
+
+
+@pytest.mark.kind("raw-errors")
+def test_no_requests_and_what_is_no_request_are_refused():
+    lm = MODELS["llama"]
+    with pytest.raises(ValueError, match="no requests"):
+        finetune(lm, [], QUICK)
+    for wrong in (requests(lm)[0], [None], None):
+        with pytest.raises(TypeError, match="expected a list of Query"):
+            finetune(lm, wrong, QUICK)
+    assert len(finetune(lm, iter(requests(lm)), replace(QUICK, steps=1))) == 3

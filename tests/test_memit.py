@@ -88,7 +88,7 @@ def test_each_block_gets_the_closed_form_of_what_is_still_missing(family, with_m
 @on_causal_families
 def test_with_other_keys_counting_little_every_request_gets_its_value(family):
     """For one block and λ → 0, (W+Δ)ᵀk grows by just what was asked for, for all requests at once."""
-    lm, hyper = MODELS[family], Hyper(1, 1, 1e-9)
+    lm, hyper = MODELS[family], Hyper(1, 1, 1e-7)
     (delta,) = memit.memit(lm, asked(0), changes(), [None], hyper)
     for query, wanted in zip(REQUESTS, changes(), strict=True):
         with torch.no_grad():
@@ -125,7 +125,7 @@ def test_what_cannot_be_written_is_refused():
     lm = MODELS["llama"]
     with pytest.raises(ValueError, match="normalised in tiny-bert; use a causal model"):
         memit.check(MODELS["bert"], Hyper(0, 1))
-    for wrong in (Hyper(1, 0), Hyper(0, 2), Hyper(-1, 1)):
+    for wrong in (Hyper(1, 0), Hyper(0, 2), Hyper(-1, 1), Hyper(2, 2)):
         with pytest.raises(ValueError, match="blocks rise, from 0 to 1"):
             memit.memit(lm, asked(), changes(), [None] * 2, wrong)
     with pytest.raises(ValueError, match="1 covariances for blocks 0 to 1"):
@@ -134,3 +134,41 @@ def test_what_cannot_be_written_is_refused():
         memit.memit(lm, asked(), changes(), [torch.zeros(24, 24)], Hyper(1, 1))
     with pytest.raises(ValueError, match="no subject"):
         memit.memit(lm, [[replace(REQUESTS[0], subject="")]], changes()[:1], [None], Hyper(1, 1))
+
+
+@pytest.mark.kind("rome-one-key", own=True)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_request_that_begins_with_its_subject_has_one_key_in_both_places(family):
+    """For one block and one request, what is added at the mean key is R · k̄ᵀC⁻¹k̄ / (λ + k̄ᵀC⁻¹k̄): less than R."""
+    lm, weight, c = MODELS[family], 0.4, moment(5)
+    prompts = rome.contexts(REQUESTS[1], 3)[:-1]
+    (delta,) = memit.memit(lm, [prompts], changes()[1:2], [c], Hyper(1, 1, weight))
+    k = key(lm, prompts, 1)
+    gain = float(k @ torch.linalg.inv(c) @ k)
+    got = k @ delta.neurons.T.double() @ delta.hidden.double()
+    torch.testing.assert_close(got, changes()[1].double() * gain / (weight + gain), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.kind("not-a-number")
+def test_zero_keys_and_changes_that_are_no_numbers_are_refused():
+    wrong = changes()
+    wrong[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        memit.memit(MODELS["llama"], asked(), wrong, [None], Hyper(1, 1))
+    lm = tiny.lm("gpt2")
+    with torch.no_grad():
+        for parameter in lm.model.transformer.h[1].mlp.c_fc.parameters():
+            parameter.zero_()
+    with pytest.raises(ValueError, match="neurons of block 1 are zero at a subject"):
+        memit.memit(lm, asked(), changes(), [None, None], Hyper(0, 1))
+
+
+@pytest.mark.kind("raw-errors")
+def test_requests_and_changes_of_unlike_numbers_are_refused():
+    lm = MODELS["llama"]
+    for some, moved in (([], changes()[:0]), (asked(), changes()[:2]), ([asked()[0], asked()[1][:1]], changes()[:2])):
+        with pytest.raises(ValueError, match="one change for each"):
+            memit.memit(lm, some, moved, [None], Hyper(1, 1))
+    for wrong in ({"weight": 0}, {"weight": -1.0}, {"weight": float("nan")}, {"first": 0.5}, {"last": True}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Hyper(**{"first": 0, "last": 1, **wrong})

@@ -1,5 +1,6 @@
 """ROME against the equation in numpy, and its search against one that runs the whole model for every prompt."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,9 @@ import whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kncore import rome
+from kncore import rome, tokens
 from kncore.interventions import edited
-from kncore.models import LM, _state
+from kncore.models import LM, load
 from kncore.rome import Hyper, Search, delta, search
 from kncore.tasks import Query
 
@@ -176,9 +177,143 @@ def test_an_answer_that_is_given_already_is_a_failure_of_that_item():
     assert "already" in max(one.failed for one in found)
 
 
+def said(lm, query, word) -> list[int]:
+    """The most probable token in the place of each token of a word, given those before it."""
+    asked = whole.ask(lm, query, word)
+    with torch.no_grad():
+        return whole.run(lm, asked, 0)[0][asked.places].argmax(-1).tolist()
+
+
+@pytest.mark.kind("not-a-number")
+@on_all_families
+def test_a_new_answer_that_the_model_gives_is_a_failure_however_probable(family):
+    """The most probable of all words, and the first two that the model says: each is there before any edit."""
+    lm = MODELS[family]
+    words = lm.tokenizer.convert_ids_to_tokens
+    for query in several(lm):
+        top = words(said(lm, query, "Paris"))[0]
+        new = f"{top} {words(said(lm, query, f'{top} Paris'))[1]}"
+        if lm.spec.masked or {top, *new.split()} & {*tiny.SPECIAL, query.target}:
+            new = top  # two masks are filled at once: the second word is another one with the first in place
+        for foil in {top, new} - {query.target, *tiny.SPECIAL}:
+            (found,) = search(lm, [replace(query, foil=foil)], replace(QUICK, prefixes=1))
+            assert "gives the new answer already" in found.failed and found.probability < 0.95
+
+
+@pytest.mark.kind("not-a-number")
+def test_two_words_that_are_the_same_tokens_are_a_failure():
+    lm = MODELS["llama"]
+    with pytest.warns(UserWarning, match="not in the vocabulary"):
+        (found,) = search(lm, [request(lm, target="Oslo", new="Bergen")], QUICK)
+    assert "same tokens for tiny-llama" in found.failed
+
+
+@pytest.mark.kind("not-a-number")
+@on_all_families
+def test_a_block_that_adds_nothing_at_the_subject_is_a_failure_not_a_change_of_zero(family):
+    lm = tiny.lm(family)
+    with torch.no_grad():
+        for parameter in whole.projection(lm, QUICK.block).parameters():
+            parameter.zero_()
+    for found in search(lm, several(lm), QUICK):
+        assert "block 1 adds nothing at the subject" in found.failed
+        with pytest.raises(ValueError, match="adds nothing"):
+            delta(found, None, QUICK.block)
+
+
+@pytest.mark.kind("not-a-number", own=True)
+def test_neurons_that_are_zero_at_the_subject_are_a_failure():
+    lm = tiny.lm("gpt2")
+    with torch.no_grad():
+        for parameter in lm.model.transformer.h[1].mlp.c_fc.parameters():
+            parameter.zero_()
+    for found in search(lm, several(lm), QUICK):
+        assert found.value.any() and "neurons of block 1 are zero" in found.failed
+
+
+@pytest.mark.kind("not-a-number", own=True)
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_a_subject_that_the_last_block_cannot_pass_on_is_a_failure(family):
+    """What the last block adds at a token before the last one is read by nothing."""
+    lm = MODELS[family]
+    found = search(lm, [request(lm), request(lm, "the capital of {}")], replace(QUICK, block=2, prefixes=1))
+    assert "does not depend on block 2" in found[0].failed
+    assert not found[1].failed and found[1].change.any()
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_model_that_gives_no_numbers_is_named_as_the_cause(family, block):
+    lm = tiny.lm(family)
+    with torch.no_grad():
+        whole.vectors(lm, block)[0, 0] = float("nan")
+    for found in search(lm, several(lm)[:2], QUICK):
+        assert f"predictions of tiny-{family}" in found.failed and "are not numbers" in found.failed
+
+
+@pytest.mark.kind("not-a-number")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"steps": 2.5}, {"steps": True}, {"lr": -0.1}, {"lr": 0}, {"lr": float("nan")},
+        {"lr": float("inf")}, {"lr": 1e31}, {"clamp": 0},
+        {"clamp": -1.0}, {"decay": -1e-9}, {"kl": float("inf")}, {"stop": -0.1}, {"stop": float("nan")},
+        {"prefixes": -1}, {"prefixes": 101}, {"prefixes": 1.5}, {"block": 1.0}, {"block": True}, {"block": None},
+        {"block": "1"}, {"lr": "0.5"}, {"key": "meen"}, {"key": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_in_one_line(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))) as error:
+        Hyper(**{"block": 1, **wrong})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.kind("raw-errors", own=True)
+def test_settings_may_be_numbers_of_numpy_and_torch_and_a_folder_a_path(tmp_path):
+    got = Hyper(np.int64(1), steps=torch.tensor(3), lr=np.float32(0.5), prefixes=np.uint8(2), covariance=tmp_path)
+    assert got == Hyper(1, steps=3, lr=0.5, prefixes=2, covariance=str(tmp_path))
+    assert [type(x) for x in (got.block, got.steps, got.lr, got.prefixes)] == [int, int, float, int]
+    assert Hyper(1, clamp=float("inf")).clamp == np.inf
+
+
+@pytest.mark.kind("not-a-number")
+def test_requests_come_in_any_iterable_or_are_refused():
+    lm = MODELS["llama"]
+    want = search(lm, several(lm)[:2], QUICK)
+    got = search(lm, (query for query in several(lm)[:2]), QUICK)
+    assert all(torch.equal(a.change, b.change) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match="no requests"):
+        search(lm, iter(()), QUICK)
+    for wrong in (several(lm)[0], None, 3, ["the capital of France is"], [None], "text"):
+        with pytest.raises(TypeError, match="expected a list of Query"):
+            search(lm, wrong, QUICK)
+    for budget in (0, -5, 2.5, None):
+        with pytest.raises(ValueError, match="budget"):
+            search(lm, several(lm), QUICK, budget=budget)
+
+
+@on_all_families
+def test_prompts_are_all_that_a_search_reads(family, monkeypatch):
+    lm, read, capture = MODELS[family], [], rome.capture
+    monkeypatch.setattr(
+        rome, "capture", lambda lm, batch, *a, **k: read.append((batch, k["at"])) or capture(lm, batch, *a, **k)
+    )
+    for query in several(lm):
+        del read[:]
+        search(lm, [query], QUICK)
+        told = rome.prompts(lm, query, QUICK)
+        ((batch, places),) = read
+        assert [at for _, at in told] == places and len(told) == QUICK.prefixes + 2
+        for (one, _), ran in zip(told, batch, strict=True):
+            assert ran.ids[: len(one.ids)] == one.ids and ran.position == one.position
+            assert one.target == tokens.encode(lm, query, query.foil).target
+
+
 def test_a_search_that_diverges_is_a_failure_not_a_number():
-    (found,) = search(MODELS["gpt2"], [request(MODELS["gpt2"])], replace(QUICK, lr=float("inf")))
-    assert "diverged after 1 steps" in found.failed
+    (found,) = search(MODELS["gpt2"], [request(MODELS["gpt2"])], replace(QUICK, lr=1e30, clamp=float("inf")))
+    assert "diverged after" in found.failed and "smaller rate" in found.failed
 
 
 @pytest.mark.parametrize("lr", [1e2, 1e10, 1e30])
@@ -192,13 +327,13 @@ def test_a_rate_that_is_far_too_large_gives_a_change_as_reported_or_a_failure(lr
             assert found.probability == pytest.approx(float(torch.exp(-loss)), rel=1e-2, abs=1e-6)
 
 
-def test_one_request_that_diverges_leaves_the_others_as_they_are():
+def test_one_request_that_is_not_a_number_leaves_the_others_as_they_are():
     lm = tiny.lm("llama")
     want = search(lm, several(lm), QUICK)
     with torch.no_grad():
         lm.model.get_input_embeddings().weight[lm.tokenizer.get_vocab()["Spain"]] = float("nan")
     got = search(lm, several(lm), QUICK)
-    assert ["diverged" in one.failed for one in got] == [False, True, False, False]
+    assert ["are not numbers" in one.failed for one in got] == [False, True, False, False]
     for one, other in zip(got, want, strict=True):
         if not one.failed:
             torch.testing.assert_close(one.change, other.change, atol=2e-3, rtol=2e-3)
@@ -280,37 +415,137 @@ def test_where_other_keys_stay_the_edited_model_answers_as_the_search_said(famil
 
 
 def test_two_neurons_and_two_dimensions_by_hand():
-    """k = (1, 2), δ = (5, -10), C⁻¹ = (1 -1; -1 2): C⁻¹k = (-1, 3), kᵀC⁻¹k = 5; with k̄ = (1, 0): (1, -1) and -1."""
-    key, change, c = [1, 2], [5, -10], torch.tensor([[2.0, 1], [1, 1]])
-    for mean, moment, wanted in (
-        (key, c, [[-1, 2], [3, -6]]),
-        (key, None, [[1, -2], [2, -4]]),
-        ([1, 0], c, [[-5, 10], [5, -10]]),
-        ([1, 0], None, [[5, -10], [0, 0]]),
+    """k = (1, 2), δ = (5, -10), C⁻¹ = (1 -1; -1 2): C⁻¹k = (-1, 3), kᵀC⁻¹k = 5; for k̄ = (1, 0): (1, -1) and 1, and the
+    mix divides by kᵀC⁻¹k̄ = -1."""
+    key, mean, change, c = [1, 2], [1, 0], [5, -10], torch.tensor([[2.0, 1], [1, 1]]).double()
+    for name, moment, wanted, under in (
+        ("bare", c, [[-1, 2], [3, -6]], key),
+        ("bare", None, [[1, -2], [2, -4]], key),
+        ("mean", c, [[5, -10], [-5, 10]], mean),
+        ("mean", None, [[5, -10], [0, 0]], mean),
+        ("published", c, [[-5, 10], [5, -10]], key),
+        ("published", None, [[5, -10], [0, 0]], key),
     ):
-        got = matrix(delta(made(key, mean, change), moment, 0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = matrix(delta(made(key, mean, change), moment, 0, name))
         np.testing.assert_allclose(got, wanted, atol=1e-5)
-        np.testing.assert_allclose(np.array(key) @ got, change, atol=1e-5)
+        np.testing.assert_allclose(np.array(under) @ got, change, atol=1e-5)
 
 
 def test_nothing_can_be_stored_under_a_key_that_is_zero():
-    for key, mean in (([0, 0], [0, 0]), ([0, 0], [1, 2]), ([1, 0], [0, 1])):
+    for key, mean, name in (
+        ([0, 0], [1, 2], "bare"),
+        ([1, 2], [0, 0], "mean"),
+        ([0, 0], [1, 2], "published"),
+        ([1, 0], [0, 1], "published"),
+    ):
         with pytest.raises(ValueError, match="key of the request is zero where the covariance counts"):
-            delta(made(key, mean, [5, -10]), None, 0)
+            delta(made(key, mean, [5, -10]), None, 0, name)
+
+
+@pytest.mark.kind("not-a-number")
+def test_a_change_that_is_no_change_or_no_number_is_refused():
+    with pytest.raises(ValueError, match="change of the value is zero"):
+        delta(made([1, 2], [1, 2], [0, 0]), None, 0)
+    for key, mean, change in (
+        ([1, np.nan], [1, 2], [5, 1]),
+        ([1, 2], [np.inf, 2], [5, 1]),
+        ([1, 2], [1, 2], [5, np.nan]),
+    ):
+        with pytest.raises(ValueError, match="not finite"):
+            delta(made(key, mean, change), None, 0)
+    with pytest.raises(ValueError, match="too large for float32"):
+        delta(made([1e-40, 0], [1e-40, 0], [5, 1]), None, 0)
+    with pytest.raises(ValueError, match="no way"):
+        delta(replace(made([1, 2], [1, 2], [5, 1]), failed="there is no way"), None, 0)
+
+
+@pytest.mark.kind("rome-one-key")
+@pytest.mark.parametrize("with_moment", [True, False])
+@pytest.mark.parametrize("key", ["bare", "mean"])
+@on_all_families
+def test_the_value_is_stored_under_the_key_that_was_chosen(family, key, with_moment):
+    """(W + Δ)ᵀk = v*, with k and v* = v + δ as hooks read them on the unedited model; their means for the mean key."""
+    lm, hyper = MODELS[family], replace(QUICK, lr=0.1, prefixes=3)
+    for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
+        one = delta(found, moment(lm.n_neurons) if with_moment else None, hyper.block, key)
+        prompts = rome.contexts(query, hyper.prefixes)[: 1 if key == "bare" else -1]
+        with torch.no_grad():
+            seen = [whole.run(lm, whole.ask(lm, prompt, query.foil), hyper.block) for prompt in prompts]
+            k, v = (sum(parts[i] for parts in seen) / len(seen) for i in (1, 2))
+            bias = v - whole.vectors(lm, hyper.block).T @ k
+            with edited(lm, one):
+                stored = whole.vectors(lm, hyper.block).T @ k + bias
+        torch.testing.assert_close(stored, v + found.change, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.kind("rome-one-key")
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_above_and_below_stands_the_same_key_unless_the_published_mix_is_asked_for(seed):
+    rng = np.random.default_rng(seed)
+    c, k, mean, d = rng.normal(size=(20, 7)), rng.normal(size=7), rng.normal(size=7), rng.normal(size=5)
+    c = c.T @ c / 20
+    inverse, found = np.linalg.inv(c), made(k, mean, d)
+    for one, key in ((delta(found, torch.tensor(c), 2), k), (delta(found, torch.tensor(c), 2, "mean"), mean)):
+        u = inverse @ key
+        np.testing.assert_allclose(matrix(one), np.outer(u, d) / (key @ u), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.kind("rome-one-key")
+def test_only_the_mix_warns_and_only_where_the_two_keys_part():
+    far = made([1, 2], [2, -0.8], [5, -10])
+    with pytest.warns(UserWarning, match=r"cosine 0\.08, kᵀu 0\.0862 of that of the mean key.*use key='bare'") as told:
+        delta(far, None, 0, "published")
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    with pytest.warns(UserWarning, match="kᵀu 4 of"):  # the same direction, but another length
+        delta(made([4, 8], [1, 2], [5, -10]), None, 0, "published")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for key in ("bare", "mean"):
+            delta(far, None, 0, key)
+        delta(made([1, 2], [1.1, 1.9], [5, -10]), None, 0, "published")
+
+
+@pytest.mark.kind("rome-one-key")
+def test_an_unknown_key_is_refused():
+    for wrong in ("Bare", "", None, 1):
+        with pytest.raises(ValueError, match="unknown key.*bare, mean, published"):
+            delta(made([1, 2], [1, 2], [5, -10]), None, 0, wrong)
+
+
+@pytest.mark.kind("rome-one-key", own=True)
+@pytest.mark.model
+@pytest.mark.parametrize("prompt", ["{} has its capital in the city of", "{} lies on the continent of"])
+def test_where_the_subject_begins_the_prompt_one_key_keeps_the_change_small(prompt):
+    """The mix blows it up by more than five times, and moves another country's value as much more."""
+    lm = load()
+    requests = [
+        Query(prompt.replace("{}", name), "Ottawa", name, "Rome", template=prompt) for name in ("Canada", "Japan")
+    ]
+    found, other = search(lm, requests, replace(rome.hyper(lm), steps=1))  # the keys are the same after more
+    with pytest.warns(UserWarning, match="part"):
+        mix = delta(found, None, rome.hyper(lm).block, "published")
+    one = delta(found, None, rome.hyper(lm).block)
+    assert mix.neurons.norm() > 5 * one.neurons.norm()
+    assert abs(other.mean_key @ mix.neurons[0]) > 5 * abs(other.mean_key @ one.neurons[0])
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
-def test_the_change_is_the_closed_form_in_numpy(seed, same):
+@pytest.mark.filterwarnings("ignore:the key of the request alone")
+def test_the_mix_is_the_closed_form_in_numpy(seed, same):
     rng = np.random.default_rng(seed)
     c, k, d = rng.normal(size=(20, 7)), rng.normal(size=7), rng.normal(size=5)
     mean = k if same else k + 0.1 * rng.normal(size=7)
     c = c.T @ c / 20
-    one = delta(made(k, mean, d), torch.tensor(c), 2)
+    one = delta(made(k, mean, d), torch.tensor(c), 2, "published")
     u = np.linalg.inv(c) @ mean
     np.testing.assert_allclose(matrix(one), np.outer(u, d) / (k @ u), rtol=1e-3, atol=1e-5)
     assert np.linalg.matrix_rank(matrix(one), tol=1e-5) == 1 and one.block == 2
-    np.testing.assert_allclose(matrix(delta(made(k, mean, d), None, 0)), np.outer(mean, d) / (k @ mean), rtol=1e-3)
+    plain = matrix(delta(made(k, mean, d), None, 0, "published"))
+    np.testing.assert_allclose(plain, np.outer(mean, d) / (k @ mean), rtol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -342,8 +577,10 @@ def test_a_singular_covariance_is_refused():
         rows = torch.randn(rank, 7, dtype=torch.float64)
         with pytest.raises(ValueError, match="7 neurons is singular: too little text"):
             delta(found, rows.T @ rows, 0)
-    with pytest.raises(ValueError, match="singular"):
+    with pytest.raises(ValueError, match="7 neurons holds values that are not finite"):
         delta(found, torch.full((7, 7), float("nan")), 0)
+    with pytest.raises(ValueError, match="shape .6, 6. for keys of 7 neurons"):
+        delta(found, torch.eye(6), 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -355,7 +592,7 @@ def test_an_edit_inside_an_edit_is_that_of_the_edited_model(family):
     fresh = tiny.lm(family)
     with torch.no_grad():
         whole.vectors(fresh, hyper.block).add_(one.neurons.T @ one.hidden)
-    written = LM(fresh.name, "written", fresh.model, fresh.tokenizer, fresh.spec, _state(fresh.model))
+    written = LM(fresh.name, "written", fresh.model, fresh.tokenizer, fresh.spec)
     with edited(lm, one):
         inside = search(lm, [second], hyper)[0]
     (want,) = search(written, [second], hyper)
