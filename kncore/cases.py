@@ -27,8 +27,8 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
-from kncore import grammar, public, tasks
-from kncore.tasks import DATA, Query, Relation
+from kncore import grammar, public, resources, tasks
+from kncore.tasks import Query, Relation
 
 CRITERIA = tuple("reliability generality locality symmetry symmetry_old synonymy largest_city other_determiner".split())
 PUBLIC = ("counterfact", "P36", "P1376", "P101")
@@ -286,7 +286,7 @@ def _instead(query: Query, subject: str) -> Query:
 
 
 def _rows(name: str) -> list[list[str]]:
-    lines = (DATA / f"{name}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    lines = resources.text(f"{name}.tsv").splitlines()[1:]
     return [line.split("\t") for line in lines]
 
 

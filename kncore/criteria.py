@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kncore import stats, tokens
+from kncore import checks, state, stats, tokens
 from kncore.cases import Case
 from kncore.covariance import generate
 from kncore.editors import Edit
@@ -47,6 +47,7 @@ class _Read(NamedTuple):
     top: int
 
 
+@state.computes(grad=False)
 def measure(
     lm: LM, cases: Sequence[Case], edits: Sequence[Edit], budget: int = 512, progress: bool = False
 ) -> pd.DataFrame:
@@ -154,7 +155,7 @@ def _run(lm: LM, rows: Mapping[Row, Sequence[Encoded]], deltas: Sequence[Sequenc
     at = torch.tensor([place for places in at for place in places], device=lm.device)
     wanted = torch.tensor([token for *_, word in asked for token in word.target], device=lm.device)
     logp = lm.readout(states, normed=True).float().log_softmax(-1)
-    own, top, sound = logp[at, wanted], logp.argmax(-1)[at], ~logp.isnan().any(-1)[at]
+    own, top, sound = logp[at, wanted], logp.argmax(-1)[at], logp.isfinite().all(-1)[at]
     first = torch.tensor(sizes, device=lm.device).cumsum(0) - torch.tensor(sizes, device=lm.device)
     ranks = (logp[at[first]] > own[first, None]).sum(1).tolist()
     parts = (x.cpu().split(sizes) for x in (own.double(), top == wanted, top, sound))
@@ -268,15 +269,20 @@ def summary(table: pd.DataFrame, by: str = "says") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+@state.computes(grad=False)
 def generations(
     lm: LM, prompts: Sequence[str], edits: Sequence[Edit] | None = None, length: int = 40, seed: int | None = 0
 ) -> list[str]:
     """How the model goes on after each prompt under its edit (None: unedited), by `length` tokens.
 
     Sampled from `seed`, the same random numbers whatever the edits; with seed None the most probable token each time.
-    Special tokens are left out. All rows are one batch. Raises ValueError for a masked model, another number of edits
-    than of prompts, and an edit that failed.
+    Prompts are read as `tokens.read_prompt` does; special tokens are left out of what is given back. All rows are one
+    batch. Raises ValueError for a masked model, no prompts or an empty one, another number of edits than of prompts,
+    an edit that failed, a `length` below 1, and a prompt that is with it longer than the context.
     """
+    prompts, length = checks.items(prompts, str, "prompts"), checks.whole(length, "length", 1)
+    if not prompts:
+        raise ValueError("no prompts to go on with; give at least one")
     if edits is not None and len(edits) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(edits)} edits; give one edit per prompt")
     for edit in edits or ():
@@ -285,7 +291,9 @@ def generations(
     if lm.spec.masked:
         raise ValueError(f"{lm.name} is a masked model and cannot go on with a text")
     contexts = [edit.context for edit in edits] if edits else [""] * len(prompts)
-    ids = [lm.tokenizer(context + prompt)["input_ids"] for context, prompt in zip(contexts, prompts, strict=True)]
+    ids = [tokens.read_prompt(lm, context + prompt) for context, prompt in zip(contexts, prompts, strict=True)]
+    for prompt, row in zip(prompts, ids, strict=True):
+        tokens.check_length(lm, len(row) + length, f"prompt {prompt[:40]!r} with the {length} tokens after it")
     padded, real = _left(lm, ids)
     width = padded.shape[1]
     deltas = [edit.deltas for edit in edits or ()]

@@ -8,7 +8,7 @@ those of `interventions.suppress` and `enhance` around a run of the whole model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kncore import arch, tokens
+from kncore import arch, checks, state, tokens
 from kncore.models import LM
+from kncore.neurons import listed
 from kncore.replay import Capture, Change, capture, replay
 from kncore.tasks import Query
 
@@ -55,30 +56,36 @@ class Held:
     said: Int[Tensor, " prompt"]
 
     def activations(self, prompts: Sequence[int]) -> Float[Tensor, "prompt block neuron"]:
-        """The neurons of held prompts at the target position."""
-        where = [self.place[prompt] for prompt in prompts]
+        """The neurons of held prompts at the target position. Raises ValueError for a prompt that is not held."""
+        where = [self.place[checks.whole(prompt, "a held prompt", 0, len(self.place) - 1)] for prompt in prompts]
+        if not where:
+            raise ValueError("no prompts given; name at least one of those that are held")
         return torch.stack(
             [torch.stack([state[row] for state in self.captures[c].sites["neuron"]]) for c, row in where]
         )
 
 
+@state.computes(grad=False)
 def hold(lm: LM, queries: Sequence[Query], words: Sequence[Sequence[str]] | None = None, batch: int = 48) -> Held:
     """Capture prompts for `read` and `measure`.
 
     `words` are those that compete with the target, per query: by default its foil, if it has one. They count by their
     first token; those that begin with the target's own are left out. Raises ValueError for no queries, and for queries
-    the model cannot be asked.
+    the model cannot be asked or answers with what is no number; TypeError for what is no list of queries or words.
     """
+    queries, batch = checks.items(queries, Query, "queries"), checks.whole(batch, "batch", 1)
     if not queries:
         raise ValueError("no queries to hold; give at least one")
-    if words is not None and len(words) != len(queries):
-        raise ValueError(f"{len(queries)} queries but {len(words)} lists of words")
+    if words is not None:
+        words = [checks.items(some, str, "the words of a query") for some in words]
+        if len(words) != len(queries):
+            raise ValueError(f"{len(queries)} queries but {len(words)} lists of words")
     encoded = [tokens.encode(lm, query) for query in queries]
     rivals = words if words is not None else [[query.foil] if query.foil else [] for query in queries]
     known: dict[tuple, list[int]] = {}
     read = []
     for query, some in zip(queries, rivals, strict=True):
-        key = (query.template or query.prompt, *some)
+        key = (tokens.ending(query), *some)
         if key not in known:
             known[key] = [tokens.encode(lm, query, word).target[0] for word in some]
         read.append(list(dict.fromkeys([tokens.encode(lm, query).target[0], *known[key]])))
@@ -109,14 +116,18 @@ def _seen(
     return logp.masked_fill(words < 0, -torch.inf), logits.argmax(-1)[rows].cpu()
 
 
+@state.computes(grad=False)
 def read(
     held: Held, trials: Sequence[Trial], budget: int = 512
 ) -> tuple[Float[Tensor, "trial word"], Int[Tensor, " trial"]]:
     """Log-probabilities of the held words and the most probable token, after the edit of each trial.
 
-    `budget`: how many positions are held at once. Raises ValueError for a trial without neurons, a prompt or neuron
-    that does not exist, and an edit after which the probabilities are not numbers.
+    `budget`: how many positions are held at once. Raises ValueError for a trial without neurons or with one twice, a
+    prompt or neuron that does not exist, a factor that is no finite number of the model's dtype, and an edit after
+    which the probabilities are not numbers.
     """
+    budget = checks.whole(budget, "budget", 1)
+    trials = _checked(held, trials)
     sets = _sets(held, trials)
     logp = torch.empty(len(trials), held.words.shape[1])
     said = torch.empty(len(trials), dtype=torch.long)
@@ -133,40 +144,46 @@ def read(
             part = [same[key] for key in members[start : start + room]]
             first = [trials[group[0]] for group in part]
             logits = _replayed(held, captured, first, [sets[id(trial.neurons)] for trial in first])
-            bad = (~torch.isfinite(logits).all(1)).nonzero()[:, 0].tolist()
-            if bad:
-                query = held.queries[first[bad[0]].prompt]
-                raise ValueError(
-                    f"after an edit by factor {first[bad[0]].factor:g} the probabilities for {query.prompt!r} are not "
-                    "numbers; use a smaller factor or a wider dtype"
-                )
+            _expect_numbers(held, logits, first)
             here = [i for group in part for i in group]
             rows = torch.arange(len(part)).repeat_interleave(torch.tensor([len(group) for group in part]))
             logp[here], said[here] = _seen(logits, rows, held.words[[trials[i].prompt for i in here]])
     return logp, said
 
 
+def _expect_numbers(held: Held, found: Float[Tensor, "trial width"], trials: Sequence[Trial]) -> None:
+    bad = (~torch.isfinite(found).all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        trial, prompt = trials[bad[0]], held.queries[trials[bad[0]].prompt].prompt
+        raise ValueError(
+            f"after an edit by factor {trial.factor:g} the probabilities for {prompt!r} are not numbers; use a smaller "
+            "factor or a wider dtype"
+        )
+
+
+def _checked(held: Held, trials: Iterable[Trial]) -> list[Trial]:
+    """The trials with Python's numbers."""
+    found = []
+    for trial in checks.items(trials, Trial, "trials"):
+        prompt = checks.whole(trial.prompt, "the prompt of a trial")
+        if not 0 <= prompt < len(held.queries):
+            raise ValueError(f"trial of prompt {prompt}; held are 0 to {len(held.queries) - 1}")
+        factor = checks.finite(trial.factor, f"the factor of a trial of prompt {prompt}", held.lm.dtype)
+        found.append(trial._replace(prompt=prompt, factor=factor))
+    return found
+
+
 def _sets(held: Held, trials: Sequence[Trial]) -> dict[int, Int[Tensor, "neuron 2"]]:
     """Each set of neurons once, as a tensor that rises in block."""
-    n_blocks, width = len(held.lm.blocks), held.lm.n_neurons
     sets: dict[int, Tensor] = {}
     for trial in trials:
-        if not 0 <= trial.prompt < len(held.queries):
-            raise ValueError(f"trial of prompt {trial.prompt}; held are 0 to {len(held.queries) - 1}")
         if id(trial.neurons) in sets:
             continue
-        if not len(trial.neurons):
-            raise ValueError(f"trial of prompt {trial.prompt} has no neurons; the set must not be empty")
-        given = torch.as_tensor(trial.neurons)
-        if given.shape[1:] != (2,) or given.is_floating_point():
-            raise ValueError(f"a neuron is a pair (block, index) of whole numbers, got {trial.neurons}")
-        outside = (given < 0).any(1) | (given >= torch.tensor([n_blocks, width])).any(1)
-        if bool(outside.any()):
-            raise ValueError(
-                f"neuron {tuple(given[outside][0].tolist())} does not exist; {held.lm.name} has blocks 0 to "
-                f"{n_blocks - 1}, neurons 0 to {width - 1}"
-            )
-        sets[id(trial.neurons)] = given[given[:, 0].argsort(stable=True)]
+        try:
+            given = listed(trial.neurons, len(held.lm.blocks), held.lm.n_neurons, held.lm.name)
+        except ValueError as error:
+            raise ValueError(f"trial of prompt {trial.prompt}: {error}") from None
+        sets[id(trial.neurons)] = torch.tensor(sorted(given, key=lambda neuron: neuron.block))
     return sets
 
 
@@ -194,7 +211,9 @@ def _replayed(held: Held, captured: Capture, trials: list[Trial], sets: list[Ten
         values = captured.sites["neuron"][depth][prompts[members]]
         chosen = first & (block == depth)
         at = row[chosen] - start, index[chosen]
-        changes.append(Change(depth, prompts[members], values.index_put(at, values[at] * factor[chosen])))
+        values = values.index_put(at, values[at] * factor[chosen])
+        _expect_numbers(held, values, [trials[i] for i in members])
+        changes.append(Change(depth, prompts[members], values))
     with contextlib.ExitStack() as hooks:
         for depth in block[~first].unique().tolist():
             change = partial(scale, chosen=~first & (block == depth))
@@ -212,6 +231,7 @@ def measure(held: Held, trials: Sequence[Trial]) -> pd.DataFrame:
     `loss`, `loss_margin` and `loss_mass` are before minus after, in nats; `changed`, whether the most probable token is
     another one.
     """
+    trials = _checked(held, trials)
     places = np.array([trial.prompt for trial in trials], dtype=int)
     logp, said = read(held, trials)
     columns: dict[str, object] = {"label": [trial.label for trial in trials], "prompt": places}
@@ -237,18 +257,22 @@ def look_alikes(
     """Random sets to compare an edit with: for each neuron one of its block, as active as it.
 
     `sizes` are mean activations without their sign; each draw replaces every neuron by one of the `pool` of its block
-    whose size is nearest, none of them in `neurons` or twice in a draw. Raises ValueError where a block has too few.
+    whose size is nearest, none of them in `neurons` or twice in a draw. Raises ValueError where a block has too few,
+    for a neuron that does not exist or comes twice, for sizes that are no sizes, and draws or a pool below 1.
     """
-    rng = np.random.default_rng(seed)
-    taken = {tuple(neuron) for neuron in neurons}
+    sizes = _sizes(sizes)
+    given = [tuple(neuron) for neuron in listed(neurons, *sizes.shape, "the table of sizes")]
+    draws, pool = checks.whole(draws, "draws", 1), checks.whole(pool, "pool", 1)
+    rng = np.random.default_rng(checks.whole(seed, "seed", 0))
+    taken = set(given)
     near = []
-    for block, index in neurons:
+    for block, index in given:
         order = (sizes[block] - sizes[block, index]).abs().argsort().tolist()
         near.append([(block, i) for i in order if (block, i) not in taken][: pool + len(taken)])
     sets = []
     for _ in range(draws):
         chosen: dict[tuple[int, int], None] = {}
-        for (block, _), candidates in zip(neurons, near, strict=True):
+        for (block, _), candidates in zip(given, near, strict=True):
             free = list(islice((neuron for neuron in candidates if neuron not in chosen), pool))
             if not free:
                 raise ValueError(f"block {block} has no neurons left to draw from; give fewer of its neurons")
@@ -258,5 +282,16 @@ def look_alikes(
 
 
 def most_active(sizes: Float[Tensor, "block neuron"], k: int) -> list[tuple[int, int]]:
-    """The k neurons of the largest mean activation without its sign, wherever they are."""
+    """The k neurons of the largest mean activation without its sign, wherever they are; all where there are fewer.
+
+    Raises ValueError for sizes that are no sizes, and for a k below 1.
+    """
+    sizes, k = _sizes(sizes), checks.whole(k, "k", 1)
     return [tuple(divmod(i, sizes.shape[1])) for i in sizes.flatten().topk(min(k, sizes.numel())).indices.tolist()]
+
+
+def _sizes(sizes) -> Float[Tensor, "block neuron"]:
+    sizes = checks.tensor(sizes, "block neuron", "sizes")
+    if bool((sizes < 0).any()):
+        raise ValueError("sizes are below 0 somewhere; give the activations without their sign (their `abs`)")
+    return sizes

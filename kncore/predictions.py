@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kncore import grammar, public, tasks, tokens
+from kncore import checks, grammar, public, state, tasks, tokens
 from kncore.models import LM
-from kncore.replay import capture
+from kncore.replay import capture, expect_numbers
 from kncore.tasks import Query
 
 TEMPLATES = 5
@@ -41,16 +41,29 @@ PARADIGMS = (
 )
 
 
+@state.computes(grad=False)
 def log_probabilities(lm: LM, queries: Sequence[Query], batch: int = 32) -> Float[Tensor, "query vocab"]:
-    """Log-probabilities of the token that the first target token competes with."""
+    """Log-probabilities of the token that the first target token competes with.
+
+    Raises ValueError where there are no queries, one cannot be asked, or a log-probability is not a finite number.
+    """
+    queries = _listed(queries)
     out: list[Tensor | None] = [None] * len(queries)
     for i, row in _rows(lm, queries, batch):
         out[i] = row
     return torch.stack(out)
 
 
+def _listed(queries: Sequence[Query]) -> list[Query]:
+    queries = checks.items(queries, Query, "queries")
+    if not queries:
+        raise ValueError("no queries to predict; give at least one")
+    return queries
+
+
 def _rows(lm: LM, queries: Sequence[Query], batch: int = 32) -> Iterator[tuple[int, Float[Tensor, " vocab"]]]:
     """Place and log-probabilities of each query, the shortest first: ten thousand need not be held at once."""
+    batch = checks.whole(batch, "batch", 1)
     encoded = [tokens.encode(lm, query) for query in queries]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     for i in range(0, len(order), batch):
@@ -59,31 +72,32 @@ def _rows(lm: LM, queries: Sequence[Query], batch: int = 32) -> Iterator[tuple[i
         yield from zip(part, logits.log_softmax(-1).cpu(), strict=True)
 
 
+@state.computes(grad=False)
 def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) -> pd.DataFrame:
     """One row per query: `probability` and `rank` of the target's first token, and whether the model `prefers` it.
 
     It is preferred if it is more probable than the foil and than every candidate with another first token; `margin` is
     the difference of log-probability to the best of those. Without foil and candidates: if it is the model's
     prediction. A foil that starts with the target's first token cannot be told from it: margin 0, no preference.
-    Candidates are tokenised as targets of each template's first query. Raises ValueError where there are no queries.
+    Candidates are tokenised as targets of each prompt, once for all that end alike. Raises ValueError where there are
+    no queries, one cannot be asked, a candidate is no word, or a probability is not a finite number.
     """
-    if not queries:
-        raise ValueError("no queries to predict; give at least one")
-    first: dict[str, Query] = {}
-    for query in queries:
-        tokens.expect(query)
-        first.setdefault(query.template, query)
-    known: dict[str, list[int]] = {}
+    queries = _listed(queries)
+    candidates = checks.items(candidates, str, "candidates")
+    for word in candidates:
+        if not word.strip() or word != word.strip():
+            raise ValueError(f"the candidate {word!r} is empty or has white space around it; give a word without")
+    known: dict[tuple, list[int]] = {}
     rows: list[dict] = [{}] * len(queries)
     for i, row in _rows(lm, queries):
         query = queries[i]
         target = tokens.encode(lm, query).target[0]
         rivals = {tokens.encode(lm, query, query.foil).target[0]} if query.foil else set()
         if candidates:
-            if query.template not in known:
-                asked = first[query.template]
-                known[query.template] = [tokens.encode(lm, asked, word).target[0] for word in candidates]
-            rivals |= set(known[query.template])
+            ending = tokens.ending(query)
+            if ending not in known:
+                known[ending] = [tokens.encode(lm, query, word).target[0] for word in candidates]
+            rivals |= set(known[ending])
         closed = bool(rivals)
         rivals -= {target}
         rank = int((row > row[target]).sum())
@@ -102,23 +116,30 @@ def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) ->
     return pd.DataFrame(rows)
 
 
+@state.computes(grad=False)
 def text_loss(lm: LM, texts: Sequence[str], batch: int = 16) -> Float[Tensor, " text"]:
     """Mean negative log-likelihood per token of each text, in nats; its exponential is the perplexity.
 
     Causal models predict every token from those before it. Of masked models every sixth token from the first on is
-    masked, the same ones each time, and predicted from the rest; special tokens are neither masked nor counted. Raises
-    ValueError for a text of fewer than two tokens that are not special.
+    masked, the same ones each time, and predicted from the rest; special tokens are neither masked nor counted. Text is
+    read as `tokens.read` does. Raises ValueError for no texts, a text of fewer than two tokens that are not special or
+    longer than the context, and a loss that is not a finite number.
     """
+    texts, batch = checks.items(texts, str, "texts"), checks.whole(batch, "batch", 1)
+    if not texts:
+        raise ValueError("no texts to read; give at least one")
     special = torch.tensor(lm.tokenizer.all_special_ids, dtype=torch.long, device=lm.device)
     losses = []
     for i in range(0, len(texts), batch):
         part = texts[i : i + batch]
-        ids, lengths = tokens.pad(lm, [tokens.Encoded(tuple(lm.tokenizer(text)["input_ids"]), 0, ()) for text in part])
+        ids, lengths = tokens.pad(lm, [tokens.Encoded(tuple(tokens.read(lm, text)), 0, ()) for text in part])
         real = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
         ordinary = real & ~torch.isin(ids, special)
         for text, count in zip(part, ordinary.sum(1), strict=True):
             if count < 2:
                 raise ValueError(f"text {text[:40]!r} has fewer than two tokens for {lm.name}; give a longer one")
+        for text, length in zip(part, lengths.tolist(), strict=True):
+            tokens.check_length(lm, length, f"text {text[:40]!r}")
         chosen, shown = real, ids
         if lm.spec.masked:
             chosen = ordinary & (ordinary.cumsum(1) % 6 == 1)
@@ -129,6 +150,7 @@ def text_loss(lm: LM, texts: Sequence[str], batch: int = 16) -> Float[Tensor, " 
             logp, ids, chosen = logp[:, :-1], ids[:, 1:], real[:, 1:]
         loss = -logp.gather(2, ids[..., None])[..., 0].masked_fill(~chosen, 0)
         losses.append((loss.sum(1) / chosen.sum(1)).cpu())
+        expect_numbers(lm, losses[-1][:, None], ids.tolist(), "loss")
     return torch.cat(losses)
 
 
@@ -159,8 +181,10 @@ def known_facts(lm: LM, relation: str, n: int, seed: int = 0, source: str = "own
 
     A fact is known if in at least half of its templates the model prefers the object to every other object of the
     relation. After 150 tries, or at the end of the data, unknown facts fill up the number, and `known` is below `n`.
-    `source` is "own", "public" (ParaRel, fetched) or a folder with the public data sets.
+    `source` is "own", "public" (ParaRel, fetched) or a folder with the public data sets. Raises ValueError for an
+    unknown relation, an `n` below 1, and a model whose probabilities are not numbers.
     """
+    n = checks.whole(n, "n", 1)
     if source == "own":
         queries, candidates = tasks.facts(relation, seed=seed), tasks.candidates(relation)
     else:
@@ -224,8 +248,10 @@ def known_pairs(lm: LM, phenomenon: str, n: int, seed: int = 0, source: str = "o
     """For each condition of a phenomenon, the first `n` minimal pairs whose good member the model prefers.
 
     In the causal form for causal models, in the masked form for masked ones. `seed`, `source` (here BLiMP) and the
-    filling up after 150 tries as in `known_facts`.
+    filling up after 150 tries as in `known_facts`. Raises ValueError for an unknown phenomenon, an `n` below 1, and a
+    model whose probabilities are not numbers.
     """
+    n = checks.whole(n, "n", 1)
     form = "masked" if lm.spec.masked else "causal"
     if source == "own":
         queries = grammar.minimal_pairs(phenomenon, seed=seed, form=form)

@@ -25,7 +25,8 @@ import pooch
 
 from kncore import disk
 from kncore.grammar import DETERMINERS, plural
-from kncore.tasks import DATA, MASK, Query, unknown
+from kncore.resources import DATA
+from kncore.tasks import MASK, Query, locate, unknown
 
 PUNCTUATION = ".,;:!?"
 NUMBER = {word: value for pair in DETERMINERS for word, value in zip(pair, ("singular", "plural"), strict=True)}
@@ -118,9 +119,10 @@ def pararel(relation: str, path: str | Path | None = None, form: Literal["masked
     """The prompts of a ParaRel relation ("P36") as Dai et al. (2022) use them, bag after bag, one query a pattern.
 
     Masked: the prompts as they are. Causal: only patterns in which nothing but punctuation follows the mask, cut
-    before it. The file does not name the subject: it is what remains of a prompt when the words that this pattern
-    has in common in all bags are taken away, where all patterns of the bag agree on it. `item` is then "P36:<subject>".
-    Where they do not, `subject` and `template` are "" and `item` is "P36:<index of the bag>".
+    before it (`joined` where no blank stands there). The file does not name the subject: it is what remains of a prompt
+    when the words that this pattern has in common in all bags are taken away, where all patterns of the bag agree on
+    it. `item` is then "P36:<subject>". Where they do not, `subject` and `template` are "" and `item` is "P36:<index of
+    the bag>".
 
     Raises ValueError for an unknown relation or form, or a malformed file.
     """
@@ -148,15 +150,17 @@ def pararel(relation: str, path: str | Path | None = None, form: Literal["masked
     for i, bag in enumerate(bags):
         prompts = [entry[0] for entry in bag]
         found = {p[len(left) : len(p) - len(right)] for p, (left, right) in zip(prompts, frames, strict=True)}
-        subject = found.pop() if len(found) == 1 else ""
+        between = found.pop() if len(found) == 1 else ""
+        subject = between.strip()
         for j, (prompt, answer, _) in enumerate(bag):
             left, right = frames[j]
-            template = f"{left}{{}}{right}" if subject else ""
+            template = left + between.replace(subject, "{}", 1) + right if subject else ""
+            joined = False
             if form == "causal":
                 before, _, after = prompt.partition(MASK)
                 if not before.strip() or after.strip(PUNCTUATION + " "):
                     continue
-                prompt, template = before, template.partition(MASK)[0]
+                prompt, template, joined = before, template.partition(MASK)[0], not before[-1].isspace()
             queries.append(
                 _query(
                     f"{file}, {relation}, bag {i}, pattern {j}",
@@ -166,6 +170,7 @@ def pararel(relation: str, path: str | Path | None = None, form: Literal["masked
                     task=relation,
                     item=f"{relation}:{subject or i}",
                     template=template.rstrip(),
+                    joined=joined,
                 )
             )
     return queries
@@ -197,8 +202,9 @@ def counterfact_cases(path: str | Path | None = None) -> list[Case]:
 def known_1000(path: str | Path | None = None) -> list[Query]:
     """The 1,209 facts that GPT-2 XL knows, on which Meng et al. (2022) trace; task is the Wikidata relation.
 
-    The prompt is the file's `prompt`, which can be longer than its filled template. Raises ValueError for a malformed
-    file.
+    The prompt is the file's `prompt`, which can be longer than its filled template: what follows is added to the
+    template. Where the file has no template that begins so, the subject is where `tasks.locate` finds it. Raises
+    ValueError for a malformed file.
     """
     file = _find(_source("known_1000"), path)
     fields = {"subject": str, "attribute": str, "prompt": str, "relation_id": str}
@@ -206,15 +212,19 @@ def known_1000(path: str | Path | None = None) -> list[Query]:
     for i, record in enumerate(_json(file, list)):
         where = f"{file}, index {i}"
         _check(where, record, fields)
+        prompt, subject = record["prompt"], record["subject"].strip()
+        template = str(record.get("template", ""))
+        filled = template.replace("{}", subject)
+        fits = template.count("{}") == 1 and prompt.startswith(filled)
         queries.append(
             _query(
                 where,
-                prompt=record["prompt"],
+                prompt=prompt,
                 target=record["attribute"],
-                subject=record["subject"],
+                subject=subject,
                 task=record["relation_id"],
-                item=f"{record['relation_id']}:{record['subject']}",
-                template=record["prompt"].replace(record["subject"], "{}", 1),
+                item=f"{record['relation_id']}:{subject}",
+                template=template + prompt[len(filled) :] if fits else _template(prompt, subject),
             )
         )
     return queries
@@ -329,6 +339,12 @@ def _query(where: str, **fields: str) -> Query:
         raise ValueError(f"{where}: {error}") from error
 
 
+def _template(prompt: str, subject: str) -> str:
+    """The prompt with {} in place of the subject; "" where it does not occur or is empty."""
+    start = locate(prompt, subject) if subject else -1
+    return "" if start < 0 else f"{prompt[:start]}{{}}{prompt[start + len(subject) :]}"
+
+
 def _frame(prompts: list[str]) -> tuple[str, str]:
     """What all prompts of one pattern have before and after the subject, cut at whole words."""
     left = commonprefix(prompts)
@@ -391,11 +407,11 @@ _REWRITE = {"prompt": str, "relation_id": str, "subject": str, "target_new": dic
 
 
 def _flat_case(where: str, record: dict) -> Case:
-    subject, true, new = record["subject"], record["ground_truth"], record["target_new"]
+    subject, true, new = record["subject"].strip(), record["ground_truth"], record["target_new"]
     neighbour = record["locality_prompt"], record["locality_ground_truth"]
     if not subject or subject not in record["prompt"]:
         raise ValueError(f"{where}: the subject {subject!r} does not occur in the prompt {record['prompt']!r}")
-    template = record["prompt"].replace(subject, "{}", 1)
+    template = _template(record["prompt"], subject)
     return _case(where, record, "counterfact", template, subject, true, new, [record["rephrase_prompt"]], [neighbour])
 
 
@@ -408,7 +424,10 @@ def _full_case(where: str, record: dict) -> Case:
         raise ValueError(f"{where}: expected {{}} once in the prompt, found {rewrite['prompt']!r}")
     true, new = rewrite["target_true"]["str"], rewrite["target_new"]["str"]
     neighbours = [(prompt, true) for prompt in record["neighborhood_prompts"]]
-    task, template, subject = rewrite["relation_id"], rewrite["prompt"], rewrite["subject"]
+    task, subject = rewrite["relation_id"], rewrite["subject"].strip()
+    if not subject:
+        raise ValueError(f"{where}: the subject is empty; get an intact copy")
+    template = rewrite["prompt"].replace("{}", rewrite["subject"].replace(subject, "{}", 1))
     return _case(where, record, task, template, subject, true, new, record["paraphrase_prompts"], neighbours)
 
 
@@ -426,16 +445,17 @@ def _case(
     def ask(prompt: str, target: str, subject: str = "", template: str = "") -> Query:
         if not isinstance(prompt, str):
             raise ValueError(f"{where}: expected a prompt, found {type(prompt).__name__}")
-        known = subject if subject in prompt else ""
+        prompt = prompt.rstrip()
+        template = (template or _template(prompt, subject)).rstrip()
         return _query(
             where,
-            prompt=prompt.rstrip(),
+            prompt=prompt,
             target=target,
-            subject=known,
+            subject=subject if template else "",
             foil="" if new == target and not subject else new,
             task=task,
             item=f"counterfact:{record['case_id']}",
-            template=template or (prompt.rstrip().replace(known, "{}", 1) if known else ""),
+            template=template,
         )
 
     return Case(

@@ -13,14 +13,19 @@ paraphrase templates. Minimal pairs are made in `kncore.grammar`, public data se
 
 import difflib
 import random
+import re
 import tomllib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib.resources import files
+
+from kncore import resources
+from kncore.resources import DATA
 
 MASK = "[MASK]"
-DATA = files("kncore") / "data"
+# Scripts without blanks between words, by how the Unicode names of their letters begin.
+WITHOUT_BLANKS = ("CJK ", "HIRAGANA ", "KATAKANA", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,18 @@ class Query:
               a text that holds "[MASK]" once, where the target belongs.
     target    the word or words that belong there, without a leading space.
     subject   what the query is about, as it occurs in the prompt: the subject of a fact, the word that
-              decides the agreement of a minimal pair. "" where unknown.
+              decides the agreement of a minimal pair. "" where unknown. Where it is, `subject_start` says.
     foil      the wrong member of a minimal pair, or the false object of a counterfactual; "" for facts.
     task      the relation or phenomenon.
     item      what queries cluster by: the fact ("capital:France") or lemma ("determiner_noun:book").
-    template  the prompt with {} in place of the subject.
+    template  the prompt with {} in place of the subject; text may stand before it in the prompt. A template without
+              {}, or with more than one, is a name only.
     value     the condition within a phenomenon, such as "singular" or "feminine"; "" for facts.
+    joined    whether the target follows the prompt without a space: after a quotation mark or a hyphen, or in a script
+              without blanks. Where the prompt has [MASK], the target is joined if no white space stands before it,
+              whatever this says.
 
-    Raises ValueError where a field breaks these rules, TypeError where one is no text.
+    Raises ValueError where a field breaks these rules, TypeError where one is no text (`joined`: no bool).
     """
 
     prompt: str
@@ -49,18 +58,23 @@ class Query:
     item: str = ""
     template: str = ""
     value: str = ""
+    joined: bool = False
 
     def __post_init__(self) -> None:
         def fail(problem: str) -> None:
             prompt, target = (f"{text[:200]!r}{'…' * (len(text) > 200)}" for text in (self.prompt, self.target))
             raise ValueError(f"Query(prompt={prompt}, target={target}): {problem}")
 
-        for one in fields(self):
-            text = getattr(self, one.name)
+        for field in fields(self):
+            text = getattr(self, field.name)
+            if field.name == "joined":
+                if not isinstance(text, bool):
+                    raise TypeError(f"joined of a Query must be True or False, got {type(text).__name__} {text!r:.80}")
+                continue
             if not isinstance(text, str):
-                raise TypeError(f"the {one.name} of a Query must be text, got {type(text).__name__} {text!r:.80}")
+                raise TypeError(f"the {field.name} of a Query must be text, got {type(text).__name__} {text!r:.80}")
             if any("\ud800" <= letter <= "\udfff" for letter in text):
-                fail(f"the {one.name} holds half of a surrogate pair, which is no text; repair its encoding")
+                fail(f"the {field.name} holds half of a surrogate pair, which is no text; repair its encoding")
 
         if not self.prompt.strip():
             fail("the prompt is empty")
@@ -68,21 +82,82 @@ class Query:
             fail("the target is empty")
         if self.prompt != self.prompt.rstrip():
             fail("the prompt ends with white space; the tokenizer puts the space before the target")
-        for name in ("target", "foil"):
+        for name in ("target", "foil", "subject"):
             word = getattr(self, name)
             if word != word.strip():
                 fail(f"the {name} {word!r} has white space around it")
+            if MASK in word:
+                fail(f"the {name} {word!r} holds {MASK}, which marks the target's place in the prompt; give the word")
         if self.prompt.count(MASK) > 1:
             fail(f"the prompt holds {MASK} more than once; one target belongs to one mask")
         if self.target == self.foil:
             fail("target and foil are the same")
-        if self.subject not in self.prompt:
+        if not any(self.subject in part for part in self.prompt.split(MASK)):
             fail(f"the subject {self.subject!r} does not occur in the prompt")
+        if self.joined and self.prompt.partition(MASK)[0][-1:].isspace():
+            fail(f"the target is joined, but white space stands before {MASK}; leave one of them out")
 
     @property
     def masked(self) -> bool:
         """Whether the target belongs inside the prompt, at [MASK], rather than after it."""
         return MASK in self.prompt
+
+
+def subject_start(query: Query) -> int:
+    """Index in a query's prompt where its subject begins.
+
+    It is where the template has {}: the prompt ends with the filled template, and the subject may have a capital where
+    it begins that. Without such a template it is where `locate` finds it outside of [MASK]. Raises ValueError for a
+    query without a subject, and for a template that, filled with the subject, is not what the prompt ends with.
+    """
+    prompt, subject = query.prompt, query.subject
+    if not subject:
+        raise ValueError(f"prompt {prompt!r} has no subject; give the part of it that is to be found")
+    if query.template.count("{}") != 1:
+        return locate(prompt.replace(MASK, "\0" * len(MASK)), subject)
+    before, after = query.template.split("{}")
+    for word in (subject, *([] if before else [capital(subject)])):
+        if prompt.endswith(before + word + after):
+            return len(prompt) - len(word + after)
+    raise ValueError(
+        f"the template {query.template!r} with the subject {subject!r} is not what the prompt {prompt!r} ends with; "
+        "mend the template, or leave it out"
+    )
+
+
+def locate(text: str, subject: str) -> int:
+    """Index in a text where a subject begins; -1 where it does not occur.
+
+    Where it occurs several times it is the last one that stands alone, else the last one in a compound with a hyphen or
+    an apostrophe ("Niger-Congo"; "Niger's" stands alone), else the last one inside a word. In scripts without blanks
+    every occurrence stands alone.
+    """
+    starts = [i for i in range(len(text)) if text.startswith(subject, i)]
+    return max(starts, key=lambda start: (_apart(text, start, start + len(subject)), start), default=-1)
+
+
+def _apart(text: str, start: int, end: int) -> int:
+    """How far a part of a text is a word of its own: 2 alone, 1 in a compound, 0 inside a word."""
+    if _runs_on(text, start) or _runs_on(text, end):
+        return 0
+    compound = re.search(r"\w[-\u2010\u2011]$", text[:start]) or re.match(
+        r"[-\u2010\u2011]\w|['\u2019](?!s\b)\w", text[end:]
+    )
+    return 1 if compound else 2
+
+
+def _runs_on(text: str, at: int) -> bool:
+    """Whether a word goes on across an index of a text."""
+    return 0 < at < len(text) and all(
+        (letter.isalnum() or letter == "_" or unicodedata.category(letter).startswith("M"))
+        and not unicodedata.name(letter, "").startswith(WITHOUT_BLANKS)
+        for letter in text[at - 1 : at + 1]
+    )
+
+
+def capital(text: str) -> str:
+    """The text with a capital at its beginning."""
+    return text[:1].upper() + text[1:]
 
 
 @dataclass(frozen=True)
@@ -124,7 +199,7 @@ def describe(name: str) -> Relation:
         raise unknown("relation", name, _tables())
     table = _tables()[name]
     lines = (DATA / "facts" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    return Relation(
+    relation = Relation(
         name=name,
         description=table["description"],
         wikidata=table["wikidata"],
@@ -132,6 +207,8 @@ def describe(name: str) -> Relation:
         templates=tuple(table["templates"]),
         pairs=tuple(sorted(tuple(line.split("\t")) for line in lines)),
     )
+    resources.note(f"relation {name}", relation)
+    return relation
 
 
 def facts(relation: str, n: int | None = None, seed: int = 0, templates: Sequence[str] | None = None) -> list[Query]:
@@ -167,5 +244,5 @@ def ask(known: Relation, pair: tuple[str, str], template: str, foil: str = "") -
     subject, target = pair
     item = f"{known.name}:{subject}"
     if template.startswith("{}"):
-        subject = subject[0].upper() + subject[1:]
+        subject = capital(subject)
     return Query(template.replace("{}", subject), target, subject, foil, known.name, item, template)

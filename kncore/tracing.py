@@ -9,6 +9,7 @@ of a token travel up as one batch.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kncore import arch, cache, grammar, predictions, tasks, tokens
+from kncore import arch, cache, checks, grammar, predictions, state, tasks, tokens
 from kncore.models import LM
-from kncore.replay import Capture, Change, capture, replay
+from kncore.replay import Capture, Change, capture, expect_numbers, replay
 from kncore.tasks import Query
 
-CODE = ("arch", "replay", "tokens", "tracing")
 TRIES = 8  # sentences asked for each that is wanted
 
 
@@ -66,6 +66,7 @@ class Trace:
         return self.restored - self.corrupted
 
 
+@state.computes(grad=False)
 def trace(
     lm: LM,
     queries: Sequence[Query],
@@ -90,8 +91,15 @@ def trace(
 
     Queries need a subject and a foil. Finished traces are stored, and found again after an interrupt. Raises ValueError
     for a query without subject or foil or whose foil begins as its target, others that differ in more than the subject
-    or have another number of tokens there, an unknown site, and nonsensical numbers.
+    or have another number of tokens there, an unknown site, nonsensical numbers, and where what the model computes is
+    no number; TypeError for what is no list of queries or restores.
     """
+    queries = checks.items(queries, Query, "queries")
+    restores = [_restore(lm, restore) for restore in checks.items(restores, Restore, "restores")]
+    others = None if others is None else checks.items(others, Query, "others")
+    noise = noise if noise is None else float(checks.reals([noise], "noise")[0])
+    samples, stride = checks.whole(samples, "samples"), checks.whole(stride, "stride")
+    seed, budget = checks.whole(seed, "seed"), checks.whole(budget, "budget", 1)
     _check(lm, queries, restores, noise, samples, others, where, stride)
     blocks = tuple(range(0, len(lm.blocks), stride))
     settings = {
@@ -99,7 +107,7 @@ def trace(
         "restores": [list(r) for r in restores],
         "corruption": [noise, samples, seed] if others is None else "replacement",
     }
-    folder = cache.scores_folder() if store and not lm.touched else None
+    kept = cache.store(lm, _trace) if store else None
     out = []
     for i, query in enumerate(tqdm(queries, desc="trace", unit="prompt", leave=False, disable=not progress)):
         encoded = tokens.encode(lm, query)
@@ -117,13 +125,13 @@ def trace(
                 f"{query.prompt!r}: {query.target!r} and its foil {query.foil!r} begin with the same token, so their "
                 "log-odds is always 0; choose another foil"
             )
-        told = [encoded.ids, encoded.position, ends, span, other and other.ids]
-        key = cache.name(lm, {**settings, "query": told}, CODE)
-        found = cache.read(folder, key) if folder else None
+        prompt = [encoded.ids, encoded.position, ends, span, other and other.ids]
+        name = kept.name({**settings, "query": prompt}) if kept else ""
+        found = kept.read(name) if kept else None
         if found is None:
             found = _trace(lm, encoded, other, span, ends, restores, noise, samples, where, blocks, seed, budget)
-            if folder:
-                cache.write(folder, key, found)
+            if kept:
+                kept.write({name: found})
         words = tuple(lm.tokenizer.decode([token]) for token in encoded.ids)
         out.append(Trace(query, words, span, blocks, **found))
     return out
@@ -135,8 +143,9 @@ def facts(lm: LM, relation: str, n: int, seed: int = 0) -> list[tuple[Query, Que
     Asked in the relation's first template that does not begin with the subject. The subject has 2 to 6 tokens, the
     model prefers the answer to every other of the relation, and the partner is another fact in the same template,
     its subject at the same tokens, its answer the foil. Fewer where the relation has no more. Raises ValueError for an
-    unknown relation.
+    unknown relation and an `n` below 1.
     """
+    n = checks.whole(n, "n", 1)
     known = tasks.describe(relation)
     template = next(text for text in known.templates if not text.startswith("{}"))
     pool = tasks.facts(relation, seed=seed, templates=[template])
@@ -157,8 +166,9 @@ def agreement(lm: LM, phenomenon: str, n: int, seed: int = 0, then: str = "") ->
     The subject is the phrase from "the" to its noun, or for agreement of subject and verb to the end of the prompt;
     `then` is what follows the prompt before the word that agrees. The model prefers that word to its foil, and the
     partner is the other sentence of the minimal pair, its phrase at the same tokens. No lemma comes twice, and the two
-    conditions take turns.
+    conditions take turns. Raises ValueError for an unknown phenomenon and an `n` below 1.
     """
+    n = checks.whole(n, "n", 1)
     queries = [_phrase(query, then) for query in grammar.minimal_pairs(phenomenon, seed=seed)]
     pairs = [(query, queries[i ^ 1]) for i, query in enumerate(queries) if query and queries[i ^ 1]]
     asked = pairs[: TRIES * n]
@@ -172,11 +182,13 @@ def agreement(lm: LM, phenomenon: str, n: int, seed: int = 0, then: str = "") ->
 
 
 def _phrase(query: Query, then: str) -> Query | None:
-    at = query.prompt.rfind(f"the {query.subject}")
-    if at < 0:
+    noun = tasks.subject_start(query)
+    before, article, rest = query.prompt[:noun].rpartition("the ")
+    if not article or rest or before[-1:].isalnum():
         return None
-    end = len(query.prompt) if query.task.startswith("subject_verb") else at + len(f"the {query.subject}")
-    return replace(query, prompt=query.prompt + then, subject=query.prompt[at:end], template="")
+    end = len(query.prompt) if query.task.startswith("subject_verb") else noun + len(query.subject)
+    phrase, prompt = query.prompt[len(before) : end], query.prompt + then
+    return replace(query, prompt=prompt, subject=phrase, template=f"{before}{{}}{prompt[end:]}")
 
 
 def _fit(lm: LM, query: Query, other: Query) -> bool:
@@ -198,7 +210,7 @@ def replacements(lm: LM, queries: Sequence[Query], seed: int = 0) -> list[Query 
     """
     places = [(query.template, *_frame(lm, query)) for query in queries]
     first = [tokens.encode(lm, query).target[0] for query in queries]
-    rng = random.Random(f"replacements {seed}")
+    rng = random.Random(f"replacements {checks.whole(seed, 'seed')}")
     out = []
     for place, target in zip(places, first, strict=True):
         there = zip(queries, places, first, strict=True)
@@ -207,21 +219,24 @@ def replacements(lm: LM, queries: Sequence[Query], seed: int = 0) -> list[Query 
     return out
 
 
-def _check(lm: LM, queries, restores, noise, samples, others, where, stride) -> None:
+def _restore(lm: LM, restore: Restore) -> Restore:
+    """A restore with a Python number, after all checks."""
     known = {"residual", "mlp", "attention"}
+    if restore.site not in known or restore.sever not in {"", "mlp", "attention"} - {restore.site}:
+        raise ValueError(f"{restore}: the site is one of {', '.join(sorted(known))}, and only another can be severed")
+    window = checks.whole(restore.window, f"{restore}: the window")
+    if not 1 <= window <= len(lm.blocks):
+        raise ValueError(f"{restore}: the window is a number of blocks, 1 to {len(lm.blocks)}")
+    return restore._replace(window=window)
+
+
+def _check(lm: LM, queries, restores, noise, samples, others, where, stride) -> None:
     if not queries or not restores:
         raise ValueError("nothing to trace; give at least one query and one restore")
-    for restore in restores:
-        if restore.site not in known or restore.sever not in {"", "mlp", "attention"} - {restore.site}:
-            raise ValueError(
-                f"{restore}: the site is one of {', '.join(sorted(known))}, and only another can be severed"
-            )
-        if not 1 <= restore.window <= len(lm.blocks):
-            raise ValueError(f"{restore}: the window is a number of blocks, 1 to {len(lm.blocks)}")
     if others is not None and len(others) != len(queries):
         raise ValueError(f"{len(queries)} queries but {len(others)} others; give one for each")
-    if others is None and (noise is None or not noise > 0 or samples < 1):
-        raise ValueError(f"noise must be positive and samples at least 1, got {noise} and {samples}")
+    if others is None and (noise is None or not 0 < noise < math.inf or samples < 1):
+        raise ValueError(f"noise must be positive and finite, and samples at least 1, got {noise} and {samples}")
     if where not in ("all", "ends"):
         raise ValueError(f"unknown tokens {where!r} to restore at; choose 'all' or 'ends'")
     if not 1 <= stride <= len(lm.blocks):
@@ -256,6 +271,7 @@ def _trace(lm, encoded, other, span, ends, restores, noise, samples, where, bloc
             if captured is None or not lm.spec.masked:
                 captured = capture(lm, shown, sites=(), start=[t] * len(shown))
             restored[:, t] = _cells(captured, restores, t, blocks, clean, wrong, ends, budget)
+            expect_numbers(lm, restored[:, t].reshape(1, -1), [encoded.ids], "predictions")
     return {"clean": _read(clean_logits, ends)[0].cpu(), "corrupted": base.cpu(), "restored": restored.cpu()}
 
 
@@ -286,7 +302,9 @@ def _run(lm: LM, encoded, sites: Sequence[str]) -> tuple[Tensor, dict[str, list[
             for name in sites:
                 hooks.enter_context(arch.at_site(block, lm.spec.sites[name], lambda x, n=name: kept[n].append(x)))
         states = lm.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    return lm.readout(states[:, batch[0].position], normed=True).float(), kept
+    logits = lm.readout(states[:, batch[0].position], normed=True).float()
+    expect_numbers(lm, logits, [e.ids for e in batch], "predictions")
+    return logits, kept
 
 
 def _read(logits: Float[Tensor, "row vocab"], ends: tuple[int, int]) -> Float[Tensor, "row 2"]:

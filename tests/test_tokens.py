@@ -196,7 +196,7 @@ def test_positions_of_roberta_are_counted_from_its_padding_index():
     found = encode(lm, Query(" ".join(["the"] * 58), "cat"))
     assert len(found.ids) == 62
     lm.model(torch.tensor([found.ids]))
-    with pytest.raises(ValueError, match="has 63 tokens .* is 62"):
+    with pytest.raises(ValueError, match="has 63 tokens, .* is 62"):
         encode(lm, Query(" ".join(["the"] * 59), "cat"))
     with pytest.raises((IndexError, RuntimeError)):
         lm.model(torch.full((1, 63), ID["the"]))
@@ -206,7 +206,7 @@ def test_room_for_all_but_the_last_target_token_is_needed():
     prompt = " ".join(["the"] * 63)
     two = encode(GPT2, Query(prompt, "red cat"))
     assert max(len(step.ids) for step in steps(GPT2, two)) == 64
-    with pytest.raises(ValueError, match="65 tokens with its target, the context of tiny-gpt2 is 64"):
+    with pytest.raises(ValueError, match="with its target has 65 tokens, the context of tiny-gpt2 is 64"):
         encode(GPT2, Query(prompt, "red cat saw"))
 
 
