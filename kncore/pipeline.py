@@ -303,6 +303,7 @@ def run(
         check_parameters(chapter, _given(chapter, given))
     names = _resolve(given)
     models.place()
+    check_folder(root / "_build")
     if out is not None:
         make_folder(out)
     planned = []
@@ -318,7 +319,7 @@ def run(
     home = Path(os.path.expanduser("~"))
     places = {str(root): ".", str(root.resolve()): ".", str(home): "~", str(home.resolve()): "~", **names}
     for chapter, changed, models_of, target, records in planned:
-        with runs.scratch(root / "_build", "run") as scratch, _room(root / "_build"):
+        with _room(root / "_build"), runs.scratch(root / "_build", "run") as scratch:
             _check_room(root / "_build")
             journal = runs.journal_of(records, chapter.path.stem)
             runs.settle(journal)
@@ -615,7 +616,7 @@ def kernel_environment(scratch: Path, results: Path) -> dict[str, str]:
     """What a notebook's process gets on top of the caller's environment.
 
     A stored notebook must not depend on sample data that only some machines have, nor on the caller's settings of
-    Matplotlib and IPython. The number of threads is the caller's to choose.
+    Matplotlib and IPython, whose kernels run a PYTHONSTARTUP file too. The number of threads is the caller's to choose.
     """
     settings = scratch / "matplotlibrc"
     settings.parent.mkdir(parents=True, exist_ok=True)
@@ -629,6 +630,7 @@ def kernel_environment(scratch: Path, results: Path) -> dict[str, str]:
         "JUPYTER_PREFER_ENV_PATH": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "PYTHONHASHSEED": "0",
+        "PYTHONSTARTUP": "",
         "SOURCE_DATE_EPOCH": EPOCH,
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",

@@ -430,6 +430,10 @@ def spoil_results(toy, out):
     (toy / "results").write_text("")
 
 
+def spoil_build(toy, out):
+    (toy / "_build").write_text("")
+
+
 def spoil_model(toy, out):
     disk.write(toy / "results" / "tiny", "")
 
@@ -447,6 +451,7 @@ def spoil_notebook(toy, out):
     ("spoil", "arguments", "said"),
     [
         (spoil_results, [], "toy/results'"),
+        pytest.param(spoil_build, [], "toy/_build'", marks=pytest.mark.kind("record-with-notebook", own=True)),
         pytest.param(spoil_model, [], "results/tiny'", marks=pytest.mark.kind("record-with-notebook", own=True)),
         pytest.param(
             spoil_out, ["--out", "out"], "out/results'", marks=pytest.mark.kind("record-with-notebook", own=True)
@@ -670,6 +675,14 @@ def test_the_kernel_is_of_this_interpreter_whatever_is_called_python3(tmp_path, 
     nb = nbformat.read(path, as_version=4)
     assert nb.cells[-1].outputs[0].text == f"{sys.executable} {Path(pipeline.__file__).with_name('__init__.py')}\n"
     assert nb.metadata.kernelspec == stored.KERNEL
+
+
+@pytest.mark.kind("another-kernel", own=True)
+def test_what_a_user_has_run_at_the_start_of_each_python_is_not_run(tmp_path, monkeypatch):
+    toy = make_checkout(tmp_path / "toy", n01_toy=notebook("print(globals().get('theirs', 'none'))"))
+    monkeypatch.setenv("PYTHONSTARTUP", str(disk.write(tmp_path / "start.py", "theirs = 1\n")))
+    (path,) = pipeline.run(toy)
+    assert nbformat.read(path, as_version=4).cells[-1].outputs[0].text == "none\n"
 
 
 @pytest.mark.kind("another-kernel", own=True)
