@@ -430,10 +430,6 @@ def spoil_results(toy, out):
     (toy / "results").write_text("")
 
 
-def spoil_build(toy, out):
-    (toy / "_build").write_text("")
-
-
 def spoil_model(toy, out):
     disk.write(toy / "results" / "tiny", "")
 
@@ -451,7 +447,6 @@ def spoil_notebook(toy, out):
     ("spoil", "arguments", "said"),
     [
         (spoil_results, [], "toy/results'"),
-        pytest.param(spoil_build, [], "toy/_build'", marks=pytest.mark.kind("record-with-notebook", own=True)),
         pytest.param(spoil_model, [], "results/tiny'", marks=pytest.mark.kind("record-with-notebook", own=True)),
         pytest.param(
             spoil_out, ["--out", "out"], "out/results'", marks=pytest.mark.kind("record-with-notebook", own=True)
