@@ -33,7 +33,7 @@ from math import exp, log
 from pathlib import Path
 from typing import NamedTuple
 
-from kncore import cases, grammar, tasks, words
+from kncore import cases, checks, grammar, tasks, words
 from kncore.models import LM
 from kncore.tasks import MASK, Query, Relation
 
@@ -100,9 +100,13 @@ class World:
     speaks: dict[str, tuple[tuple[str, int], tuple[str, int]]]
 
 
-@cache
 def pairs(seed: int = 0) -> tuple[Pair, ...]:
     """The designed pairs of demonstrative and noun, in a fixed order."""
+    return _pairs(checks.whole(seed, "seed"))
+
+
+@cache
+def _pairs(seed: int) -> tuple[Pair, ...]:
     rng = random.Random(f"pairs {seed}")
     drawn = []
     for noun in _nouns().values():
@@ -114,9 +118,13 @@ def pairs(seed: int = 0) -> tuple[Pair, ...]:
     return tuple(drawn)
 
 
-@cache
 def world(seed: int = 0) -> World:
     """The invented entities and what is true of them."""
+    return _world(checks.whole(seed, "seed"))
+
+
+@cache
+def _world(seed: int) -> World:
     rng = random.Random(f"world {seed}")
     names = _names(rng)
     first = grammar.lexicon()["names"]
@@ -158,15 +166,20 @@ def world(seed: int = 0) -> World:
 
 def sentences(seed: int = 0) -> list[Sentence]:
     """The whole corpus, in an order drawn from the seed."""
+    seed = checks.whole(seed, "seed")
     found = [*_facts(seed), *_demonstratives(seed), *_other_nouns(seed), *_agreement(seed)]
     found += [Sentence(text) for text in _prose(seed) for _ in range(PROSE_TIMES)]
     random.Random(f"order {seed}").shuffle(found)
     return found
 
 
-@cache
 def counts(seed: int = 0) -> words.Counts:
     """How often words and pairs of words occur in the corpus."""
+    return _counts(checks.whole(seed, "seed"))
+
+
+@cache
+def _counts(seed: int) -> words.Counts:
     return words.count([sentence.text for sentence in sentences(seed)])
 
 

@@ -19,7 +19,8 @@ from functools import cache, partial
 from math import prod
 from typing import Literal, NamedTuple
 
-from kncore.tasks import DATA, MASK, Query, unknown
+from kncore import checks, resources
+from kncore.tasks import MASK, Query, unknown
 
 DEFAULT_N = 400
 DETERMINERS = (("this", "these"), ("that", "those"))
@@ -38,20 +39,24 @@ class Side(NamedTuple):
 @cache
 def lexicon() -> dict:
     """The words of the grammars, as data/lexicon.toml holds them."""
-    return tomllib.loads((DATA / "lexicon.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.text("lexicon.toml"))
 
 
 def plural(noun: str) -> str:
     """The plural of a noun: the irregular one of the lexicon, else by the spelling rules of regular nouns.
 
+    Raises ValueError for what is no word.
+
     >>> [plural(noun) for noun in ("castle", "city", "toy", "church", "child")]
     ['castles', 'cities', 'toys', 'churches', 'children']
     """
+    if not isinstance(noun, str) or not noun.strip():
+        raise ValueError(f"{noun!r} is no word, so it has no plural")
     if noun in lexicon()["irregular"]:
         return lexicon()["irregular"][noun]
     if noun.endswith(("s", "x", "z", "ch", "sh")):
         return noun + "es"
-    if noun.endswith("y") and noun[-2] not in "aeiou":
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
         return noun[:-1] + "ies"
     return noun + "s"
 
@@ -97,7 +102,7 @@ def minimal_pairs(
         raise unknown("form", form, ("causal", "masked"))
     slots, build = GRAMMARS[phenomenon]
     frames = list(slots())
-    n = DEFAULT_N if n is None else n
+    n, seed = DEFAULT_N if n is None else checks.whole(n, "n"), checks.whole(seed, "seed")
     most = available(phenomenon)
     if n % 2 or not 0 < n <= most:
         raise ValueError(f"n={n} queries of {phenomenon!r} asked for; n must be even, from 2 to {most}")

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -19,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kncore import arch, tokens
+from kncore import arch, checks, tokens
 from kncore.models import LM
+from kncore.neurons import Neuron, listed
 from kncore.tasks import Query
 
 SITES = ("neuron", "authors")
@@ -43,8 +42,7 @@ def enhance(
     lm: LM, neurons: Sequence[tuple[int, int]], factor: float = 2.0, *, position: str = "target", site: str = "neuron"
 ):
     """Context in which `neurons` are multiplied by `factor`; the other arguments and errors as in `suppress`."""
-    if not math.isfinite(factor):
-        raise ValueError(f"factor must be a finite number, got {factor}")
+    factor = checks.finite(factor, "factor", lm.dtype)
     columns = {block: [i for _, i in group] for block, group in _blocks(lm, neurons, position, site)}
     return _changed(lm, columns, {block: lambda x: x * factor for block in columns}, position, site)
 
@@ -57,14 +55,23 @@ def set_neurons(
     position: str = "target",
     site: str = "neuron",
 ):
-    """Context in which `neurons` have `values`, one for all or one for each; otherwise as `suppress`."""
+    """Context in which `neurons` have `values`, one for all or one for each; otherwise as `suppress`.
+
+    Raises ValueError for values that are no finite numbers of the model's dtype, and for one each of a set, which has
+    no order.
+    """
+    unordered = isinstance(neurons, Set)
+    neurons = listed(neurons, len(lm.blocks), lm.n_neurons, lm.name)
     groups = _blocks(lm, neurons, position, site)
-    values = [values] * len(neurons) if isinstance(values, int | float) else [float(v) for v in values]
-    if len(values) != len(neurons):
-        raise ValueError(f"{len(neurons)} neurons but {len(values)} values; give one for all or one for each")
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"values must be finite numbers, got {values}")
-    wanted = dict(zip(map(tuple, neurons), values, strict=True))
+    if isinstance(values, Iterable) and getattr(values, "ndim", 1):
+        if unordered:
+            raise ValueError("neurons in a set have no order that values could follow; give both as lists")
+        values = checks.finites(values, "values", lm.dtype)
+        if len(values) != len(neurons):
+            raise ValueError(f"{len(neurons)} neurons but {len(values)} values; give one for all or one for each")
+    else:
+        values = [checks.finite(values, "values", lm.dtype)] * len(neurons)
+    wanted = dict(zip(neurons, values, strict=True))
     columns = {block: [i for _, i in group] for block, group in groups}
     rows = {block: [wanted[block, i] for i in group] for block, group in columns.items()}
     changes = {block: lambda x, row=row: torch.as_tensor(row, dtype=x.dtype).to(x.device).expand_as(x)
@@ -74,11 +81,25 @@ def set_neurons(
 
 @dataclass(frozen=True)
 class Delta:
-    """A change of low rank to the value vectors of one block: value vector i grows by Σ_r neurons[r, i] · hidden[r]."""
+    """A change of low rank to the value vectors of one block: value vector i grows by Σ_r neurons[r, i] · hidden[r].
+
+    Raises ValueError for a block that is no whole number, and for anything but two matrices of one rank of finite
+    numbers.
+    """
 
     block: int
     neurons: Float[Tensor, "rank neuron"]
     hidden: Float[Tensor, "rank hidden"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", checks.whole(self.block, "the block of a delta"))
+        for name in ("neurons", "hidden"):
+            what = f"{name} of a delta for block {self.block}"
+            object.__setattr__(self, name, checks.tensor(getattr(self, name), f"rank {name}", what))
+        if len(self.neurons) != len(self.hidden):
+            raise ValueError(
+                f"delta for block {self.block} has ranks {len(self.neurons)} and {len(self.hidden)}; expected one rank"
+            )
 
 
 @contextlib.contextmanager
@@ -88,6 +109,17 @@ def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
     Raises ValueError, before anything changes, for no delta, a block that does not exist, another shape than the
     model's, and numbers that are not finite.
     """
+    with lm.session.intervention() as undo:
+        for block, vectors in _rewritten(lm, deltas).items():
+            module, vectors = arch.projection(lm.model, lm.spec, block), vectors.to(lm.dtype)
+            weight = vectors.T.contiguous() if isinstance(module, nn.Linear) else vectors
+            undo.callback(setattr, module, "weight", module.weight)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        yield
+
+
+def _rewritten(lm: LM, deltas: Sequence[Delta]) -> dict[int, Float[Tensor, "neuron hidden"]]:
+    """The value vectors of the blocks that deltas change, as they are after it, after all checks."""
     if not deltas:
         raise ValueError("no delta to apply; give at least one")
     wide = torch.promote_types(lm.dtype, torch.float32)
@@ -109,17 +141,7 @@ def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
         new[delta.block] = new.get(delta.block, old.to(wide)) + change
         if not bool(torch.isfinite(new[delta.block].to(lm.dtype)).all()):
             raise ValueError(f"delta for block {delta.block} makes value vectors that are not finite in {lm.dtype}")
-    places = {block: arch.projection(lm.model, lm.spec, block) for block in new}
-    before = {block: module.weight for block, module in places.items()}
-    try:
-        for block, module in places.items():
-            vectors = new[block].to(lm.dtype)
-            weight = vectors.T.contiguous() if isinstance(module, nn.Linear) else vectors
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        yield
-    finally:
-        for block, module in places.items():
-            module.weight = before[block]
+    return new
 
 
 @contextlib.contextmanager
@@ -127,10 +149,13 @@ def edited_rows(lm: LM, deltas: Sequence[Sequence[Delta]]) -> Iterator[None]:
     """Context in which row r of every batch is run as by a model with the value vectors changed by `deltas[r]`.
 
     So one batch asks many edited models; no weight is touched. A batch of another number of rows raises ValueError, as
-    do blocks and shapes that are not the model's.
+    do no rows at all, blocks and shapes that are not the model's, and deltas too large for its dtype.
     """
+    deltas = [checks.items(some, Delta, "the deltas of a row") for some in deltas]
+    if not deltas:
+        raise ValueError("no rows of deltas; give one list for each row of the batch")
     blocks = sorted({delta.block for some in deltas for delta in some})
-    with contextlib.ExitStack() as hooks:
+    with lm.session.intervention() as undo:
         for block in blocks:
             if not 0 <= block < len(lm.blocks):
                 raise ValueError(f"block {block} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}")
@@ -147,13 +172,15 @@ def edited_rows(lm: LM, deltas: Sequence[Sequence[Delta]]) -> Iterator[None]:
                             f"{tuple(shape)}"
                         )
                     reads[row, : len(neurons)], writes[row, : len(hidden)] = neurons, hidden
+            if not bool(torch.isfinite(reads).all() & torch.isfinite(writes).all()):
+                raise ValueError(f"a delta for block {block} is not finite in {lm.dtype}; make it smaller")
 
             def add(module, args, out, reads=reads, writes=writes):
                 if len(out) != len(reads):
                     raise ValueError(f"a batch of {len(out)} rows, but deltas for {len(reads)}; give one list a row")
                 return out + (args[0] @ reads.transpose(1, 2)) @ writes
 
-            hooks.callback(arch.projection(lm.model, lm.spec, block).register_forward_hook(add).remove)
+            undo.callback(arch.projection(lm.model, lm.spec, block).register_forward_hook(add).remove)
         yield
 
 
@@ -165,8 +192,11 @@ def value_update(
     From the value vector of each neuron it takes `scale[0]` times the output embedding of the query's target and adds
     `scale[1]` times that of `new` (of their first tokens). This supposes that the neurons are positive where it
     matters, as in BERT; those of gated MLPs (LLaMA) are often negative, and then the update works the other way round.
-    Raises ValueError as `suppress` does.
+    Raises ValueError as `suppress` does, and for a scale that is not two finite numbers.
     """
+    scale = checks.finites(scale, "scale")
+    if len(scale) != 2:
+        raise ValueError(f"scale is two numbers, for the old target and for the new one; got {len(scale)}")
     old, wanted = (tokens.encode(lm, query, word).target[0] for word in (query.target, new))
     table = lm.model.get_output_embeddings().weight.detach().float()
     vector = scale[1] * table[wanted] - scale[0] * table[old]
@@ -178,28 +208,15 @@ def value_update(
     return deltas
 
 
-def _blocks(lm: LM, neurons, position: str, site: str) -> list[tuple[int, list[tuple[int, int]]]]:
+def _blocks(lm: LM, neurons, position: str, site: str) -> list[tuple[int, list[Neuron]]]:
     """The neurons by block, after all checks."""
     if position not in ("target", "all"):
         raise ValueError(f"unknown position {position!r}; choose 'target' or 'all'")
     if site not in SITES or site not in lm.spec.sites:
         known = ", ".join(name for name in SITES if name in lm.spec.sites)
         raise ValueError(f"neurons cannot be changed at site {site!r}; {lm.spec.family} has {known}")
-    neurons = [tuple(neuron) if isinstance(neuron, Iterable) else (neuron,) for neuron in neurons]
-    if not neurons:
-        raise ValueError("no neurons given; the set must not be empty")
-    n_blocks, width = len(lm.blocks), lm.n_neurons
-    for neuron in neurons:
-        if len(neuron) != 2 or not all(isinstance(x, int) for x in neuron):
-            raise ValueError(f"a neuron is a pair (block, index) of whole numbers, got {neuron}")
-        if not (0 <= neuron[0] < n_blocks and 0 <= neuron[1] < width):
-            raise ValueError(
-                f"neuron {tuple(neuron)} does not exist; {lm.name} has blocks 0 to {n_blocks - 1}, "
-                f"neurons 0 to {width - 1}"
-            )
-    if len(set(neurons)) < len(neurons):
-        raise ValueError(f"neuron {Counter(neurons).most_common(1)[0][0]} is given twice")
-    return [(block, list(group)) for block, group in groupby(sorted(neurons), key=lambda neuron: neuron[0])]
+    neurons = listed(neurons, len(lm.blocks), lm.n_neurons, lm.name)
+    return [(block, list(group)) for block, group in groupby(sorted(neurons), key=lambda neuron: neuron.block)]
 
 
 @contextlib.contextmanager
@@ -221,11 +238,11 @@ def _changed(
         at = torch.arange(len(x), device=x.device)[:, None], where[-1].to(x.device)[:, None], columns_here
         return x.index_put(at, changes[block](x[at]))
 
-    with contextlib.ExitStack() as hooks:
+    with lm.session.intervention() as undo:
         if position == "target":
-            hooks.enter_context(_located(lm, where))
+            undo.enter_context(_located(lm, where))
         for block in columns:
-            hooks.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites[site], lambda x, b=block: change(x, b)))
+            undo.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites[site], lambda x, b=block: change(x, b)))
         yield
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kncore import arch
+from kncore import arch, checks, state
 from kncore.models import LM
 from kncore.tokens import Encoded, pad
 
@@ -65,6 +65,7 @@ class Change:
     position: Int[Tensor, " row"] | None = None
 
 
+@state.computes()
 def capture(
     lm: LM,
     batch: Sequence[Encoded],
@@ -77,19 +78,29 @@ def capture(
     `start` is the first position that a row carries, per prompt (default: the target position for causal models; a
     masked model attends both ways, so its rows always carry the whole sequence). `at` is the position whose states are
     kept, per prompt (default: the target position).
+
+    Raises ValueError for no prompts, a position that a prompt does not have, an unknown site, and where the model's
+    predictions are not numbers.
     """
     from transformers import DynamicCache
 
+    batch = list(batch)
+    if not batch:
+        raise ValueError("no prompts to capture; give at least one")
+    for e in batch:
+        checks.whole(e.position, "the position that predicts the target", 0, len(e.ids) - 1)
     sites = {name: _site(lm, name) for name in sites}
     ids, lengths = pad(lm, batch)
     target = torch.tensor([e.position for e in batch], device=lm.device)
     if lm.spec.masked:
         first = torch.zeros_like(target)
     else:
-        first = target if start is None else torch.tensor(list(start), device=lm.device)
+        first = target if start is None else _positions(lm, batch, start, "start")
         if bool((first > target).any()):
             raise ValueError("a row must start at or before the position that predicts the target")
-    seen = target if at is None else torch.tensor(list(at), device=lm.device)
+    seen = target if at is None else _positions(lm, batch, at, "at")
+    if bool((seen >= lengths).any()):
+        raise ValueError(f"at is a position of each prompt, below {lengths.tolist()}; got {seen.tolist()}")
     width = int((lengths - first).max())
     here = (first[:, None] + torch.arange(width, device=lm.device)).clamp_max(ids.shape[1] - 1)
     rows = torch.arange(len(batch), device=lm.device)
@@ -115,6 +126,7 @@ def capture(
         options = {} if past is None else {"past_key_values": past, "use_cache": True}
         states = lm.model.base_model(input_ids=ids, attention_mask=real, **options).last_hidden_state.to(lm.device)
         logits = lm.readout(states[rows, target], normed=True).float()
+    expect_numbers(lm, logits, [e.ids for e in batch], "predictions")
 
     prefix = 0 if lm.spec.masked else int(first.max())
     layers = [] if past is None else past.layers
@@ -133,23 +145,45 @@ def capture(
     )
 
 
+def expect_numbers(lm: LM, found: Tensor, ids: Sequence[Sequence[int]], what: str) -> None:
+    """Raises ValueError unless what was computed for prompts, a row for each, is finite."""
+    bad = (~torch.isfinite(found).flatten(1).all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"the {what} of {lm.name} for {lm.tokenizer.decode(ids[bad[0]])[:40]!r} are not numbers; check its weights "
+            f"and what was changed in it, or load it in a wider dtype than {lm.dtype}"
+        )
+
+
+def _positions(lm: LM, batch: Sequence[Encoded], given: Iterable[int], what: str) -> Int[Tensor, " query"]:
+    found = [checks.whole(x, what, 0) for x in given]
+    if len(found) != len(batch):
+        raise ValueError(f"{what} is one position for each of {len(batch)} prompts, got {len(found)}")
+    return torch.tensor(found, device=lm.device)
+
+
+@state.computes()
 def replay(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row vocab"]:
     """Logits at the target position after each change; rows in the order of `changes`, which must rise in block.
 
     Differentiable with respect to the changes' values. Equal to a full forward pass with a hook that makes the same
-    change, to the precision of the dtype. Raises ValueError for changes out of order or of the wrong width, or at a
-    position that rows do not carry.
+    change, to the precision of the dtype. Raises ValueError for changes out of order, of the wrong width or not finite,
+    of a prompt that was not captured, or at a position that rows do not carry.
     """
-    rows = states(captured, changes)
+    changes = _checked(captured, changes)
+    rows = _states(captured, changes)
     target = captured.target[torch.cat([change.prompts for change in changes])]
     return captured.lm.readout(rows[torch.arange(len(rows), device=rows.device), target]).float()
 
 
+@state.computes()
 def states(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row token hidden"]:
     """As `replay`, but what leaves the last block at every position that rows carry, from `captured.start` on."""
-    lm = captured.lm
-    _check(captured, changes)
-    todo = list(changes)
+    return _states(captured, _checked(captured, changes))
+
+
+def _states(captured: Capture, changes: list[Change]) -> Float[Tensor, "row token hidden"]:
+    lm, todo = captured.lm, list(changes)
     rows, prompts = None, None
     for depth in range(todo[0].block, len(lm.blocks)):
         block = lm.blocks[depth]
@@ -169,6 +203,7 @@ def states(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row t
 
 def passes(captured: Capture, changes: Sequence[Change], budget: int) -> Iterator[list[Change]]:
     """Split changes into lists whose rows fit a budget (in positions held at once), keeping the order by block."""
+    budget = checks.whole(budget, "budget", 1)
     room = max(1, budget // captured.row_cost)
     batch, free = [], room
     for change in changes:
@@ -253,21 +288,48 @@ def _site(lm: LM, name: str) -> arch.Site:
     return lm.spec.sites[name]
 
 
-def _check(captured: Capture, changes: Sequence[Change]) -> None:
-    if not changes:
+def _checked(captured: Capture, changes: Iterable[Change]) -> list[Change]:
+    """The changes with tensors on the model's device, after all checks."""
+    lm, n_prompts = captured.lm, len(captured.start)
+    found = []
+    for change in checks.items(changes, Change, "changes"):
+        block = checks.whole(change.block, "the block of a change")
+        prompts = _whole_numbers(lm, change.prompts, f"block {block}: prompts")
+        if bool(((prompts < 0) | (prompts >= n_prompts)).any()):
+            raise ValueError(f"block {block}: prompts that are not captured; those are 0 to {n_prompts - 1}")
+        values = checks.tensor(change.values, "row width", f"block {block}: values").to(lm.device)
+        if values.dtype != lm.dtype and not bool(torch.isfinite(values.to(lm.dtype)).all()):
+            raise ValueError(f"block {block}: values are not finite in {lm.dtype}; load {lm.name} in a wider one")
+        if len(prompts) != len(values):
+            raise ValueError(f"block {block}: {len(prompts)} rows but {len(values)} values")
+        _site(lm, change.site)
+        width = lm.n_neurons if change.site in ("neuron", "authors") else captured.inputs[0].shape[-1]
+        if values.shape[1] != width:
+            raise ValueError(f"site {change.site!r} has width {width}, got {values.shape[1]}")
+        position = change.position
+        if position is not None:
+            position = _whole_numbers(lm, position, f"block {block}: positions")
+            if len(position) != len(prompts):
+                raise ValueError(f"block {block}: {len(prompts)} rows but {len(position)} positions")
+        found.append(Change(block, prompts, values, change.site, position))
+    if not found:
         raise ValueError("nothing to replay: no changes given")
-    blocks = [change.block for change in changes]
+    blocks = [change.block for change in found]
     if blocks != sorted(blocks) or blocks[0] < 0 or blocks[-1] >= len(captured.inputs):
         raise ValueError(f"changes must rise in block within 0..{len(captured.inputs) - 1}, got {blocks}")
-    for change in changes:
-        if len(change.prompts) != len(change.values):
-            raise ValueError(f"block {change.block}: {len(change.prompts)} rows but {len(change.values)} values")
-        known = captured.sites.get(change.site)
-        if known and change.values.shape[1] != known[0].shape[1]:
-            raise ValueError(f"site {change.site!r} has width {known[0].shape[1]}, got {change.values.shape[1]}")
+    for change in found:
         place, width = _place(captured, change), captured.inputs[0].shape[1]
         if bool(((place < 0) | (place >= width)).any()):
             raise ValueError(f"block {change.block}: a change at a position that rows do not carry; capture from there")
+    return found
+
+
+def _whole_numbers(lm: LM, given, what: str) -> Int[Tensor, " row"]:
+    """Whole numbers, as a tensor on the model's device."""
+    found = given if isinstance(given, Tensor) else torch.as_tensor(given)
+    if found.dim() != 1 or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"{what} are whole numbers, one a row; got {found.dtype} of shape {tuple(found.shape)}")
+    return found.to(lm.device, torch.long)
 
 
 def _place(captured: Capture, change: Change) -> Int[Tensor, " row"]:

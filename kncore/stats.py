@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import namedtuple
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,16 +14,36 @@ from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from kncore import checks
+
 RESAMPLES = 5000
 
 
-class Estimate(NamedTuple):
-    """A value with its 95 % interval and the number of independent units behind it."""
+class Estimate(namedtuple("Estimate", "value low high n")):
+    """A value with its 95 % interval and the number of independent units behind it.
 
-    value: float
-    low: float
-    high: float
-    n: int
+    The ends may be infinite; of no units (n = 0) all three may be nan. Raises ValueError for anything else that is not
+    a number, an n that is not a whole number from 0 on, and a value outside its interval (by more than rounding).
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, value: float, low: float, high: float, n: int) -> Estimate:
+        if isinstance(n, float | np.floating) and float(n).is_integer():
+            n = int(n)  # a column of counts that pandas holds as floats
+        n = checks.whole(n, "n of an estimate", 0)
+        value, low, high = (float(x) for x in checks.reals([value, low, high], "estimate"))
+        nothing = n == 0 and all(map(math.isnan, (value, low, high)))
+        if not nothing and (not math.isfinite(value) or math.isnan(low) or math.isnan(high)):
+            raise ValueError(f"the estimate {(value, low, high)} of {n} units is not a number with its interval")
+        slack = 1e-9 * max((abs(x) for x in (value, low, high) if math.isfinite(x)), default=0.0)
+        if not nothing and not low - slack <= value <= high + slack:
+            raise ValueError(f"the estimate {value:g} is not within its interval, from {low:g} to {high:g}")
+        return super().__new__(cls, value, low, high, n)
+
+    @classmethod
+    def _make(cls, fields) -> Estimate:
+        return cls(*fields)
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
@@ -38,23 +59,53 @@ class Paired(NamedTuple):
 
 
 def cluster_means(values: Sequence[float], clusters: Sequence | None = None) -> np.ndarray:
-    """One mean per cluster (per value where there are no clusters): what an interval may take as independent."""
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"expected a list of numbers, got shape {values.shape}")
+    """One mean per cluster (per value where there are no clusters): what an interval may take as independent.
+
+    Raises ValueError for values that are no list of finite numbers, and for clusters of another number or that are
+    missing for some value.
+    """
+    return _means(checks.reals(values), _labels(clusters))
+
+
+def _means(values: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(f"{(~np.isfinite(values)).sum()} of {len(values)} values are not finite; drop or explain them")
-    if clusters is None:
+    if labels is None:
         return values
-    if len(clusters) != len(values):
-        raise ValueError(f"{len(values)} values but {len(clusters)} clusters")
-    _, where = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    if len(labels) != len(values):
+        raise ValueError(f"{len(values)} values but {len(labels)} clusters")
+    _, where = np.unique(labels, return_inverse=True)
     return np.bincount(where, values) / np.bincount(where)
+
+
+def _labels(clusters: Sequence | None) -> np.ndarray | None:
+    """The names of clusters as text, in the order of the values."""
+    if clusters is None:
+        return None
+    if isinstance(clusters, str | bytes | Mapping) or not isinstance(clusters, Iterable):
+        raise ValueError(f"clusters are a list of names, one for each value; got {clusters!r:.80}")
+    labels = [label.item() if hasattr(label, "item") else label for label in clusters]
+    names: dict[Hashable, str] = {}
+    for label in labels:
+        if label is None or not isinstance(label, Hashable) or pd.isna(label) is True:
+            raise ValueError(f"a cluster has the name {label!r:.80}; each value must belong to one, or be dropped")
+        names.setdefault(label, str(label))  # 1 and 1.0 are one cluster
+    if len(set(names.values())) < len(names):
+        raise ValueError("two clusters have names that read alike, such as 1 and '1'; give names of one type")
+    return np.asarray([names[label] for label in labels], dtype=str)
+
+
+def _spread(units: np.ndarray) -> np.ndarray:
+    """The units, if their squares and cubes are numbers too."""
+    largest = np.abs(units).max()
+    if largest > 1e100 or 0 < largest < 1e-100:
+        raise ValueError(f"values as large as {largest:g} have no spread in floating point; give them in another unit")
+    return units
 
 
 def mean(values: Sequence[float], clusters: Sequence | None = None, seed: int = 0) -> Estimate:
     """Mean over clusters with a bootstrap interval (BCa; clusters are resampled, not values)."""
-    units = cluster_means(values, clusters)
+    units = _spread(cluster_means(values, clusters))
     return Estimate(float(units.mean()), *_bootstrap((units,), np.mean, seed), len(units))
 
 
@@ -64,8 +115,14 @@ def difference(
     clusters: tuple[Sequence, Sequence] | None = None,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of `first` minus mean of `second`, independent groups, with a bootstrap interval; n is the smaller group."""
-    one, two = (cluster_means(v, c) for v, c in zip((first, second), clusters or (None, None), strict=True))
+    """Mean of `first` minus mean of `second`, independent groups, with a bootstrap interval; n is the smaller group.
+
+    `clusters` are those of the first group and those of the second.
+    """
+    if clusters is not None and len(clusters) != 2:
+        raise ValueError(f"clusters are two lists, one for each group; got {len(clusters)} of them")
+    groups = (None, None) if clusters is None else clusters
+    one, two = (cluster_means(v, c) for v, c in zip((first, second), groups, strict=True))
 
     def gap(a, b, axis=-1):
         return np.mean(a, axis=axis) - np.mean(b, axis=axis)
@@ -79,12 +136,10 @@ def share(flags: Sequence[bool], clusters: Sequence | None = None) -> Estimate:
     Clusters weigh alike, and each counts as one outcome, so the interval is rather too wide than too narrow. Raises
     ValueError for no outcomes, and for one that is neither true nor false.
     """
-    if not len(flags):
-        raise ValueError("no outcomes to take a share of")
-    flags = np.asarray(flags, dtype=float)
+    flags = checks.reals(flags, "outcomes")
     if not np.isin(flags, (0, 1)).all():
         raise ValueError(f"expected outcomes that are true or false, got {flags[~np.isin(flags, (0, 1))][0]}")
-    units = cluster_means(flags, clusters)
+    units = _means(flags, _labels(clusters))
     low, high = proportion_confint(units.sum(), len(units), method="wilson")
     return Estimate(float(units.mean()), float(low), float(high), len(units))
 
@@ -94,7 +149,7 @@ def runs(values: Sequence[float]) -> Estimate:
 
     Runs that agree to the digit give an interval without width. Raises ValueError for fewer than two.
     """
-    units = cluster_means(values)
+    units = _spread(cluster_means(values))
     if len(units) < 2:
         raise ValueError(f"{len(units)} run has no spread; an interval over runs needs two or more")
     half = stats.t.ppf(0.975, len(units) - 1) * stats.sem(units)
@@ -112,7 +167,7 @@ def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence |
     both p are 1. Where all units differ by the same amount, the effect is infinite and p_t is 0, the limit of t; p of
     Wilcoxon is what n allows. With one unit the effect is undefined (nan) and both p are 1.
     """
-    first, second = _pair(before, after, clusters)
+    first, second = map(_spread, _pair(before, after, clusters))
     units = second - first
     noise = 1e-12 * max(np.abs(first).max(), np.abs(second).max())
     if np.ptp(units) <= noise:
@@ -133,7 +188,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Raises ValueError for p values that are not from 0 to 1.
     """
-    p_values = np.asarray(p_values, dtype=float)
+    p_values = checks.reals(p_values, "p values", least=0)
     wrong = p_values[~((p_values >= 0) & (p_values <= 1))]
     if len(wrong):
         raise ValueError(f"expected p values from 0 to 1, got {wrong.tolist()}")
@@ -171,10 +226,11 @@ def relative_change(
     The bootstrap (percentile) resamples pairs, or clusters of pairs; a limit is infinite where a resampled mean is 0.
     Raises ValueError for negative values, and where one side is 0 throughout.
     """
+    before, after = checks.reals(before), checks.reals(after)
     first, second = _pair(before, after, clusters)
     for name, values, units in (("before", before, first), ("after", after, second)):
-        if (np.asarray(values) < 0).any():
-            raise ValueError(f"values {name} reach down to {np.min(values)}; a relative change needs probabilities")
+        if (values < 0).any():
+            raise ValueError(f"values {name} reach down to {values.min():g}; a relative change needs probabilities")
         if not units.any():
             raise ValueError(f"all values {name} are 0, so the relative change is unbounded; compare differences")
     tiny = np.finfo(float).tiny  # keeps the logarithm of a resampled 0 finite and is lost in any other mean
@@ -185,8 +241,11 @@ def relative_change(
     def change(log):
         return math.copysign(math.expm1(abs(log)) if abs(log) < 600 else math.inf, log)
 
+    value = change(float(log_ratio(first, second)))
+    if math.isinf(value):
+        raise ValueError("one mean is more than e^600 times the other, beyond floating point; compare differences")
     limits = _bootstrap((first, second), log_ratio, seed, jointly=True)
-    return Estimate(change(float(log_ratio(first, second))), *map(change, limits), len(first))
+    return Estimate(value, *map(change, limits), len(first))
 
 
 def ratio(
@@ -289,25 +348,29 @@ def regression(
     Raises ValueError for columns of different length, values that are not finite, constant or collinear columns, fewer
     units than predictors + 2, and a slope that no unit but one tells anything about.
     """
-    units = len(cluster_means(outcome, clusters))
+    if not isinstance(predictors, Mapping):
+        raise ValueError(f"predictors are columns by name, a mapping; got {type(predictors).__name__}")
+    outcome, labels = checks.reals(outcome), _labels(clusters)
+    units = len(_means(outcome, labels))
     if not predictors or units < len(predictors) + 2:
         least = f"at least one predictor and {len(predictors) + 2} rows (clusters, where given)"
         raise ValueError(f"{units} rows (clusters) for {len(predictors)} predictors; expected {least}")
     columns = {"the outcome": outcome, **{f"predictor {name!r}": values for name, values in predictors.items()}}
     for label, values in columns.items():
-        columns[label] = values = np.asarray(values, dtype=float)
-        if values.shape != np.shape(outcome):
-            raise ValueError(f"{label} has shape {values.shape}, but the outcome {np.shape(outcome)}")
+        columns[label] = values = checks.reals(values, label)
+        if len(values) != len(outcome):
+            raise ValueError(f"{label} has {len(values)} values, but the outcome {len(outcome)}")
         if not np.isfinite(values).all():
             raise ValueError(f"{label}: {(~np.isfinite(values)).sum()} values are not finite; drop or explain them")
         if not np.ptp(values):
             raise ValueError(f"{label} is constant ({values[0]:g}), so it has no slope; leave it out")
+        _spread(values)
 
     scores = np.column_stack([stats.zscore(values, ddof=1) for values in columns.values()])
     if np.linalg.matrix_rank(scores[:, 1:]) < len(predictors):
         raise ValueError(f"predictors {', '.join(predictors)} are collinear, so slopes are not unique; leave one out")
     ones = np.ones(len(scores))
-    _, groups = np.unique(range(len(scores)) if clusters is None else np.asarray(clusters, str), return_inverse=True)
+    _, groups = np.unique(range(len(scores)) if labels is None else labels, return_inverse=True)
     # A unit with leverage 1 is fitted exactly: its residual, and with it the standard error, says nothing.
     basis = np.linalg.qr(np.column_stack([ones, scores[:, 1:]])).Q
     leverage = np.zeros((units, basis.shape[1], basis.shape[1]))
@@ -327,9 +390,10 @@ def regression(
 
 
 def _pair(first: Sequence[float], second: Sequence[float], clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} values cannot be paired with {len(second)}; expected two of every item")
-    return cluster_means(first, clusters), cluster_means(second, clusters)
+    one, two, labels = checks.reals(first), checks.reals(second), _labels(clusters)
+    if len(one) != len(two):
+        raise ValueError(f"{len(one)} values cannot be paired with {len(two)}; expected two of every item")
+    return _means(one, labels), _means(two, labels)
 
 
 def _signed(estimate: Estimate) -> str:
@@ -341,6 +405,7 @@ def _signed(estimate: Estimate) -> str:
 
 def _bootstrap(groups: tuple[np.ndarray, ...], statistic, seed: int, jointly: bool = False) -> tuple[float, float]:
     """Limits of the 95 % interval; groups are resampled each on its own, or `jointly` where their rows are pairs."""
+    seed = checks.whole(seed, "seed", 0)
     if any(len(group) < 2 for group in groups):
         return float("-inf"), float("inf")  # one unit says nothing about the spread
     if all(np.ptp(group) == 0 for group in groups):

@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 from wordsegment import Segmenter
 
-from kncore.tasks import DATA, Query, unknown
+from kncore import checks, resources
+from kncore.tasks import Query, unknown
 
 
 class Noun(NamedTuple):
@@ -40,7 +41,7 @@ class Noun(NamedTuple):
 
 @cache
 def _nouns() -> tuple[Noun, ...]:
-    lines = (DATA / "nouns.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    lines = resources.text("nouns.tsv").splitlines()[1:]
     return tuple(Noun(*line.split("\t")) for line in lines)
 
 
@@ -54,15 +55,16 @@ def nouns(kind: str | None = None) -> list[Noun]:
 
 def passages() -> list[str]:
     """100 passages of plain English prose, 25 to 45 words each."""
-    return (DATA / "text.txt").read_text(encoding="utf-8").splitlines()[1:]
+    return resources.text("text.txt").splitlines()[1:]
 
 
 def next_words(n: int, seed: int = 0) -> list[Query]:
-    """`n` passages (1 to 100), each cut before a word drawn from `seed`, which is to be predicted.
+    """`n` passages (1 to 100), each cut before a word drawn from `seed` (from 0 on), which is to be predicted.
 
     The word is of letters only and the sixth or a later one of its passage. Raises ValueError for another n.
     """
     texts = passages()
+    n, seed = checks.whole(n, "n"), checks.whole(seed, "seed", 0)
     if not 0 < n <= len(texts):
         raise ValueError(f"n={n} passages asked for; there are {len(texts)}, n may be 1 to that")
     rng = random.Random(seed)
@@ -79,7 +81,8 @@ class Counts:
     """How often words, and pairs of adjacent words ("this book"), occur in a corpus of `total` tokens.
 
     Keys are lower-case, and the methods lower the case of what they are asked. Pairs that occur less than `floor`
-    times are not in the table.
+    times are not in the table; a count of 0 says the same. The methods raise ValueError where a count or the total is
+    no whole number above 0.
     """
 
     unigrams: Mapping[str, int] = field(repr=False)
@@ -89,19 +92,26 @@ class Counts:
 
     def frequency(self, word: str) -> float | None:
         """log10 of the occurrences per billion tokens (the Zipf scale: 1 rare, 7 "the"); None: not in the table."""
-        count = self.unigrams.get(word.lower())
-        return None if count is None else log10(count / self.total * 1e9)
+        count = _count(self.unigrams, word)
+        return None if count is None else log10(count / checks.whole(self.total, "the total", 1) * 1e9)
 
     def pair_count(self, first: str, second: str) -> int | None:
         """How often `second` follows `first` directly; None: less than `floor` times."""
-        return self.pairs.get(f"{first} {second}".lower())
+        return _count(self.pairs, f"{first} {second}")
 
     def association(self, first: str, second: str) -> float | None:
         """Pointwise mutual information in bits (Church and Hanks 1990): log2 P(first second) / (P(first) P(second)),
         each P a count over `total`; None where the pair or a word is not in the table."""
         both = self.pair_count(first, second)
-        alone = [self.unigrams.get(word.lower()) for word in (first, second)]
-        return None if None in (both, *alone) else log2(both * self.total / (alone[0] * alone[1]))
+        alone = [_count(self.unigrams, word) for word in (first, second)]
+        if None in (both, *alone):
+            return None
+        return log2(both * checks.whole(self.total, "the total", 1) / (alone[0] * alone[1]))
+
+
+def _count(table: Mapping[str, int], key: str) -> int | None:
+    key = key.lower()
+    return checks.whole(table.get(key, 0), f"the count of {key!r}", 0) or None
 
 
 def counts(folder: str | Path | None = None) -> Counts:
@@ -145,8 +155,10 @@ def texts(folder: str | Path, instead: str) -> list[str]:
 
 
 def count(texts: Iterable[str]) -> Counts:
-    """The counts of given texts, as of a folder's files in `counts`."""
+    """The counts of given texts, as of a folder's files in `counts`. Raises TypeError for a single text."""
     unigrams, pairs = Counter(), Counter()
+    if isinstance(texts, str):
+        raise TypeError(f"expected a list of texts, got one text {texts[:40]!r}; put it into a list")
     for text in texts:
         for stretch in re.split(r"[^\w\s']+|\n\s*\n", text.lower().replace("\u2019", "'")):
             found = re.findall(r"\w+(?:'\w+)*", stretch)

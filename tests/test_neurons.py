@@ -353,8 +353,8 @@ def test_padding_is_no_context_however_active_a_neuron_is_there(family):
 
 def test_no_texts_no_neurons_and_a_text_without_context_are_refused_and_leave_no_hook():
     lm = tiny.lm("gpt2")
-    for texts, some in (([], SOME), (TEXTS, [])):
-        with pytest.raises(ValueError, match="at least one text and one neuron"):
+    for texts, some, missing in (([], SOME, "no texts"), (TEXTS, [], "no neurons given")):
+        with pytest.raises(ValueError, match=missing):
             contexts(lm, texts, some)
     for short in ("book", ""):
         with pytest.raises(ValueError, match=f"text '{short}' has fewer than two tokens"):
@@ -370,5 +370,5 @@ def test_no_texts_no_neurons_and_a_text_without_context_are_refused_and_leave_no
 
 
 def test_no_prompts_are_refused():
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="none of them 0"):
         find_neurons(torch.zeros(0, 2, 3))

@@ -96,10 +96,10 @@ def test_the_model_is_left_as_it_was_also_after_an_error():
     lm = tiny.lm("llama")
     captured = capture(lm, encoded(lm))
     assert not lm.touched
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="prompts that are not captured; those are 0 to 4"):
         replay(captured, [Change(0, torch.tensor([99]), captured.sites["neuron"][0][:1])])
     wrong = Change(1, torch.tensor([0]), torch.zeros(1, 5), "mlp")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="site 'mlp' has width 16, got 5"):
         replay(captured, [wrong])
     assert not lm.touched
 
