@@ -80,13 +80,14 @@ audit: $(STAMP)  ## look up known weaknesses of the locked packages; where that 
 	  cat _build/audit/log; exit 1; \
 	else echo "not audited: $$(tail -1 _build/audit/log)"; fi
 
-bench: $(STAMP)  ## measure speed, faults, shards and scale, into book/benchmark-*.md (BENCH=... for options)
+bench: $(STAMP)  ## measure speed, faults, kinds of input, shards and scale, into book/benchmark-*.md (BENCH=... for options)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-bench.lock
 	$(PY) benchmarks/attribution.py --out book/benchmark-table.md $(BENCH)
 	$(PY) benchmarks/effects.py --out book/benchmark-effects.md
 	$(PY) benchmarks/tracing.py --stride 3 --out book/benchmark-tracing.md
 	$(PY) benchmarks/pages.py --out book/benchmark-pages.md
 	$(PY) benchmarks/faults.py --out book/benchmark-faults.md
+	$(PY) benchmarks/kinds.py --out book/benchmark-kinds.md
 	$(PY) benchmarks/shards.py --out book/benchmark-shards.md
 	$(PY) benchmarks/long.py --out book/benchmark-long.md
 	$(PY) benchmarks/scale.py --out book/benchmark-scale.md
