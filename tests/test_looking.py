@@ -76,7 +76,7 @@ def test_the_map_holds_the_strongest_neurons_with_their_scores_and_words():
         assert (row.promotes if isinstance(row.promotes, str) else "") == says(Neuron(row.block, row.neuron))
     named = rows.dropna(subset="name").set_index("name").score
     best = SCORES.flatten().sort(descending=True).values[:5]
-    assert [named[rank] for rank in range(1, 6)] == pytest.approx(best.tolist(), rel=1e-3)
+    assert [named[str(rank)] for rank in range(1, 6)] == pytest.approx(best.tolist(), rel=1e-3)
     assert rows.score.map(lambda score: len(f"{score:.10g}".lstrip("-0.").replace(".", ""))).max() <= looking.DIGITS
 
 
