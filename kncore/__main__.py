@@ -31,7 +31,10 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[debug], help="run notebooks; each is stored only when it succeeded")
     run.add_argument("--model", type=_given, help=f"{MODEL} (default: the notebooks' own)")
     run.add_argument("--only", type=_names, default=[], metavar="NAMES", help="chapters by number or name, e.g. 01,03")
-    run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
+    value = "a decimal number (5, -0.25, 1e-3), true, false, null, or text; in quotes it is text in any case"
+    run.add_argument(
+        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help=f"set a parameter: {value}"
+    )
     run.add_argument("--out", type=_path, help="folder for the notebooks and, below it, results/")
     run.add_argument("--timeout", type=_seconds, default=3600, help="seconds a cell may take (default 3600)")
 
@@ -49,11 +52,11 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--device", help="e.g. cuda (default: $KNCORE_DEVICE, else PyTorch's)")
     sweep.add_argument("--dtype", help="e.g. bfloat16 (default: $KNCORE_DTYPE, else float32)")
     sweep.add_argument("--device-map", choices=MAPS, help="e.g. auto: spread a model larger than memory")
-    sweep.add_argument("--source", default="own", help="own, public, or a folder with the public data")
+    sweep.add_argument("--source", type=_given, help="own, public, or a folder with the public data (default own)")
     sweep.add_argument("--queries", type=_path, help="prompts of one's own instead of names: JSON lines")
     sweep.add_argument("-n", type=_count, help="at most so many prompts (or cases) of each name")
-    sweep.add_argument("--seed", type=_seed, default=0)
-    sweep.add_argument("--editor", default="rome", help="of edits (default rome)")
+    sweep.add_argument("--seed", type=_seed, help="of the draw of each name (default 0)")
+    sweep.add_argument("--editor", help="of edits (default rome)")
     sweep.add_argument("--quadrature", help="of attribution (default: adaptive Gauss-Legendre)")
     sweep.add_argument("--steps", type=_count, help="nodes of the quadrature")
     sweep.add_argument(
@@ -61,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--out", type=_path, required=True, help="folder for the records")
     merge = commands.add_parser("merge", parents=[debug], help="the records of a sweep's shards in one file")
-    merge.add_argument("files", nargs="+", type=_path, help="the shards' .jsonl files, or folders of them")
+    merge.add_argument("files", nargs="+", type=_path, help="the .jsonl files of a sweep, or their folder")
     merge.add_argument("--out", type=_path, required=True, help="the file to write")
 
     fetch = commands.add_parser(
@@ -73,6 +76,16 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--limit", type=_bytes, metavar="SIZE", help="what may stay, e.g. 500MB (default 2GB)")
     commands.add_parser("readme", parents=[debug], help="make the table of claims in README.md anew from results/")
     return top
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    top = parser()
+    options, more = top.parse_known_args(arguments)
+    if more and (options.command != "sweep" or any(text.startswith("-") for text in more)):
+        top.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        options.names += more  # names may stand after the options, which argparse does not see
+    return options
 
 
 def _given(text: str) -> str:
@@ -123,7 +136,8 @@ def _shard(text: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 = done, 1 = it failed, 2 = it was not understood."""
-    options = parser().parse_args(arguments)
+    _open_streams()
+    options = _parsed(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have the letters of a path
     try:
@@ -141,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
+        if isinstance(error, OSError) and not error.filename and _last(error).filename == __file__:
+            error.filename = "standard output"  # to print is all that this file does with files
         told = str(error) or type(error).__name__
         if hasattr(error, "exit_code"):
             print(f"kncore: {_line(told) if error.exit_code == 2 else told}", file=sys.stderr)
@@ -148,7 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) or _meant(error):
             remedy = REMEDIES.get(error.errno if isinstance(error, OSError) and error.filename else None, "")
             print(f"kncore: {_line(told)}{remedy}", file=sys.stderr)
-            return 2 if not isinstance(error, OSError) or error.errno in PATH else 1
+            return 2 if isinstance(error, ValueError | TypeError) or getattr(error, "errno", None) in PATH else 1
+        if isinstance(error, RuntimeError) and "home directory" in told:
+            print(f"kncore: {HOMELESS}", file=sys.stderr)
+            return 2
         from kncore import models
 
         if models.ran_out(error):
@@ -167,13 +186,29 @@ REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space (python -m kncore cache --prune)"),
 }
 MEMORY = "; take a smaller model or n; a sweep has --steps, --dtype bfloat16 and --device-map auto, too"
+HOMELESS = "this user has no home folder; set HOME to a folder that can be written"
+
+
+def _open_streams() -> None:
+    """Put the null device where a standard stream is closed: the next file that is opened would take its place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))
+
+
+def _last(error: Exception) -> traceback.FrameSummary:
+    return traceback.extract_tb(error.__traceback__)[-1]
 
 
 def _meant(error: Exception) -> bool:
-    """Whether it is an answer: a ValueError or TypeError that a line of this package raises, and not one on the way."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
+    """Whether it is an answer: an error of these kinds that a line of this package raises, and not one on the way."""
+    where = _last(error)
     ours = Path(where.filename).parent == Path(__file__).parent and (where.line or "").startswith("raise ")
-    return ours and isinstance(error, ValueError | TypeError)
+    return ours and isinstance(error, ValueError | TypeError | RuntimeError)
 
 
 def _line(text: str) -> str:
@@ -228,22 +263,26 @@ def _command(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> Path:
-    from kncore import editors, models, pipeline, sweep
+    from kncore import models, pipeline, sweep
 
-    edits = options.kind == "edits"
-    given = {"quadrature": options.quadrature, "steps": options.steps}
-    settings = {"editor": options.editor} if edits else {name: value for name, value in given.items() if value}
-    if edits and (options.editor not in editors.EDITORS or any(given.values())):
-        known = ", ".join(editors.EDITORS)
-        raise pipeline.UsageError(f"edits take an editor ({known}), and no quadrature or steps")
-    if options.queries and options.names:
-        raise pipeline.UsageError("give names of relations and phenomena or --queries, not both")
+    chosen = {name: getattr(options, name) for name in ("editor", "quadrature", "steps")}
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    if options.kind == "edits":
+        settings.setdefault("editor", "rome")
+    sweep.check_settings(options.kind, settings)
+    items = None
+    if options.queries:
+        unused = {"names": options.names, "-n": options.n, "--seed": options.seed, "--source": options.source}
+        if more := [name for name, value in unused.items() if value not in (None, [])]:
+            raise pipeline.UsageError(f"--queries takes all prompts of its file; leave out {', '.join(more)}")
+        items = sweep.read_queries(options.queries, options.kind)
+    sweep.check_folder(options.out)
     pipeline.make_folder(options.out)
-    items = sweep.read_queries(options.queries, options.kind) if options.queries else None
     where = {"device": options.device, "dtype": options.dtype, "device_map": options.device_map}
     lm = models.load(options.model or models.DEFAULT, **where)
     if items is None:
-        items = sweep.asked(lm, options.kind, options.names, options.source, options.n, options.seed)
+        drawn = options.source or "own", options.n, options.seed or 0
+        items = sweep.asked(lm, options.kind, options.names, *drawn)
     return sweep.sweep(lm, options.kind, items, settings, options.out, options.shard, progress=sys.stderr.isatty())
 
 

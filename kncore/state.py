@@ -25,7 +25,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 GLOBAL_HOOKS = tuple(name for name in vars(nn_module) if name.startswith("_global_") and name.endswith("_hooks"))
 SCALARS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 # What PyTorch and transformers keep on modules for their own use, and what `pinned` looks at.
-IGNORED = {"training", "_is_full_backward_hook", "_is_hf_initialized", "name_or_path", "_compiled_call_impl", "gradient_checkpointing"}
+IGNORED = {
+    *("training", "name_or_path", "gradient_checkpointing"),
+    *("_is_full_backward_hook", "_is_hf_initialized", "_compiled_call_impl"),
+}
 
 
 # ------------------------------------------------------------------------------------- one owner at a time

@@ -23,7 +23,8 @@ class Estimate(namedtuple("Estimate", "value low high n")):
     """A value with its 95 % interval and the number of independent units behind it.
 
     The ends may be infinite; of no units (n = 0) all three may be nan. Raises ValueError for anything else that is not
-    a number, an n that is not a whole number from 0 on, and a value outside its interval (by more than rounding).
+    a number, an n that is not a whole number from 0 on, and an interval whose lower end is above its upper one. A value
+    may lie outside: percentiles of a bootstrap are not centred on it.
     """
 
     __slots__ = ()
@@ -36,9 +37,8 @@ class Estimate(namedtuple("Estimate", "value low high n")):
         nothing = n == 0 and all(map(math.isnan, (value, low, high)))
         if not nothing and (not math.isfinite(value) or math.isnan(low) or math.isnan(high)):
             raise ValueError(f"the estimate {(value, low, high)} of {n} units is not a number with its interval")
-        slack = 1e-9 * max((abs(x) for x in (value, low, high) if math.isfinite(x)), default=0.0)
-        if not nothing and not low - slack <= value <= high + slack:
-            raise ValueError(f"the estimate {value:g} is not within its interval, from {low:g} to {high:g}")
+        if low > high:
+            raise ValueError(f"the interval of an estimate goes from {low:g} up to {high:g}; its ends are exchanged")
         return super().__new__(cls, value, low, high, n)
 
     @classmethod
