@@ -187,6 +187,11 @@ def test_a_command_is_done_or_answered_in_one_line(typed, command, rest):
         (["fetch", "owner/name@" + "0" * 39], "all 40 digits"),
         (["sweep", "edits", "--editor", "none", "--out", "o"], "rome"),
         (["sweep", "attribution", "--out", "notebooks/01-toy.ipynb"], "give a folder"),
+        (["sweep", "attribution", "--out", "results"], "give a folder of its own"),
+        (["sweep", "attribution", "--out", "scores/x"], "give a folder of its own"),
+        (["sweep", "attribution", "--out", "_toc.yml"], "give a folder"),
+        (["sweep", "attribution", "--queries", "_toc.yml", "--out", "o"], "Expected an object with prompt and target"),
+        (["merge", "notebooks", "--out", "results/all.jsonl"], "give a folder of its own"),
         (["sweep", "attribution", "--device-map", "gpu", "--out", "o"], "sequential"),
         (["frobnicate"], "choose from"),
         ([], "--help"),
@@ -450,6 +455,29 @@ def test_any_file_of_data_is_read_or_refused(tmp_path_factory, reader, content):
     path.write_bytes(content)
     with answered(ValueError, TypeError, OSError, pipeline.UsageError, pipeline.RunError):
         READERS[reader](path)
+
+
+blank = st.text(" \t\u00a0\u3000", max_size=3)
+prompts = st.builds(dict, prompt=st.sampled_from(["A is", "the sun"]), target=st.sampled_from(["b", "à\u2028c"]))
+
+
+@pytest.mark.kind("blank-lines", own=True)
+@few
+@given(st.lists(blank | prompts, max_size=8), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans(), st.booleans())
+def test_prompts_are_read_whatever_blank_lines_stand_between(tmp_path_factory, rows, end, mark, last):
+    path = tmp_path_factory.getbasetemp() / "prompts.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\ufeff" * mark + "".join(line + end for line in lines)
+    path.write_text(text if last else text.removesuffix(end), encoding="utf-8", newline="")
+    wanted = [Query(**row) for row in rows if isinstance(row, dict)]
+    if wanted:
+        assert sweep.read_queries(path, "attribution") == wanted
+    else:
+        with pytest.raises(pipeline.UsageError, match="holds no prompts"):
+            sweep.read_queries(path, "attribution")
+    path.write_text(text + "no prompt", encoding="utf-8", newline="")
+    with pytest.raises(pipeline.UsageError, match=f"line {len(lines) + 1}: no JSON"):
+        sweep.read_queries(path, "attribution")
 
 
 @few

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from toy import COMPUTE, make_checkout, notebook
 
 import kncore
-from kncore import __main__, cases, models, sweep
+from kncore import __main__, attribution, cases, criteria, editors, models, sweep
 from kncore.pipeline import RunError, UsageError
 from kncore.tasks import Query
 
@@ -263,3 +271,486 @@ def test_a_shard_that_is_none_is_a_usage_error(shard, capsys):
     with pytest.raises(SystemExit) as error:
         __main__.main(["sweep", "attribution", f"--shard={shard}", "--out", "x"])
     assert error.value.code == 2 and "expected K/N" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- what one prompt can spoil
+
+
+def near_the_end(words):
+    """A request of so many words about France."""
+    return Query("the " * (words - 5) + "capital of France is in", "Paris", "France", "Madrid")
+
+
+def one_case(request, *asked):
+    flipped = replace(request, target=request.foil, foil=request.target)
+    return cases.Case(request, {"reliability": (flipped,), "generality": asked})
+
+
+SPOILT = [  # editor, case, what the record says
+    ("rome-identity", one_case(near_the_end(60)), "after a piece of prose.* the context of tiny-gpt2 is 64"),
+    ("context", one_case(near_the_end(40)), "with the new fact stated before it.* the context of tiny-gpt2 is 64"),
+    ("fine-tuning", one_case(near_the_end(70)), "the context of tiny-gpt2 is 64"),
+    ("neurons", one_case(near_the_end(70)), "the context of tiny-gpt2 is 64"),
+    ("rome-identity", one_case(near_the_end(9), Query("the " * 70 + "cat", "is")), "context of tiny-gpt2 is 64"),
+    (
+        "rome-identity",
+        one_case(Query("the capital of France is in", "Paris", "France", "Rome")),
+        "'Rome' is not in the",
+    ),
+]
+
+
+@pytest.mark.kind("prompt-too-long-in-sweep")
+@pytest.mark.parametrize(("editor", "bad", "match"), SPOILT)
+def test_a_case_that_cannot_be_edited_is_one_record_and_the_others_are_what_they_are_without_it(
+    editor, bad, match, lm, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep, "BATCH", 2)
+    settings = {"editor": editor}
+    records = lines(sweep.sweep(lm, "edits", [*CASES[:2], bad, *CASES[2:4]], settings, tmp_path / "with"))
+    without = lines(sweep.sweep(lm, "edits", CASES[:4], settings, tmp_path / "without"))
+    assert [bool(record["failed"]) for record in records] == [False, False, True, False, False]
+    assert re.search(match, records[2]["failed"]) and records[2]["asked"] == []
+    assert [record["asked"] for record in records if record["asked"]] == [record["asked"] for record in without]
+
+
+@pytest.mark.kind("prompt-too-long-in-sweep", own=True)
+def test_an_error_that_nobody_foresaw_is_the_record_of_its_prompt_while_others_come_through(lm, tmp_path, monkeypatch):
+    edit, attribute = editors.edit, attribution.attribute
+
+    def breaks(function, prompt):
+        def broken(lm, queries, *rest, **settings):
+            if any(query.prompt == prompt for query in queries):
+                raise IndexError("list index out of range")
+            return function(lm, queries, *rest, **settings)
+
+        return broken
+
+    monkeypatch.setattr(editors, "edit", breaks(edit, CASES[1].request.prompt))
+    monkeypatch.setattr(attribution, "attribute", breaks(attribute, QUERIES[2].prompt))
+    for kind, items, settings in (
+        ("edits", CASES[:3], {"editor": "context"}),
+        ("attribution", QUERIES[:5], {"steps": 2}),
+    ):
+        records = lines(sweep.sweep(lm, kind, items, settings, tmp_path / kind))
+        failed = [record["failed"] for record in records if record.get("failed")]
+        assert failed == ["IndexError: list index out of range"] and len(records) == len(items)
+    (record,) = lines(sweep.sweep(lm, "edits", CASES[1:2], {"editor": "context"}, tmp_path / "alone"))
+    assert record["failed"] == "IndexError: list index out of range"
+
+
+@pytest.mark.kind("prompt-too-long-in-sweep", own=True)
+def test_what_is_not_finite_for_one_prompt_is_its_own_record(lm, tmp_path, monkeypatch):
+    attribute = attribution.attribute
+
+    def overflows(lm, queries, **settings):
+        found = attribute(lm, queries, **settings)
+        for row, query in zip(found.scores, queries, strict=True):
+            row[0, 0] = math.inf if query == QUERIES[1] else row[0, 0]
+        return found
+
+    monkeypatch.setattr(attribution, "attribute", overflows)
+    records = lines(sweep.sweep(lm, "attribution", QUERIES[:3], {"steps": 2}, tmp_path))
+    assert [record.get("failed") for record in records] == [None, "the scores are not finite in torch.float32", None]
+
+    def wild(lm, requests, editor, **_):
+        found = edit(lm, requests, editor)
+        loud = torch.zeros(1, lm.n_neurons), torch.full((1, 16), 3e38)
+        loud[0][0, 0] = 1
+        return [replace(one, deltas=(kncore.interventions.Delta(0, *loud),)) if r == CASES[1].request else one
+                for one, r in zip(found, requests, strict=True)]  # fmt: skip
+
+    edit = editors.edit
+    monkeypatch.setattr(editors, "edit", wild)
+    records = lines(sweep.sweep(lm, "edits", CASES[:3], {"editor": "context"}, tmp_path))
+    assert [bool(record["failed"]) for record in records] == [False, True, False]
+
+
+@pytest.mark.kind("prompt-too-long-in-sweep", own=True)
+@pytest.mark.parametrize(("kind", "items", "settings"), [
+    ("attribution", QUERIES[:4], {"steps": 2}),
+    ("edits", CASES[:3], {"editor": "rome-identity"}),
+    ("attribution", QUERIES[:1], {}),
+])  # fmt: skip
+def test_what_concerns_the_model_stops_the_sweep_with_its_message(kind, items, settings, tmp_path, monkeypatch):
+    spoilt = tiny.model("gpt2")
+    spoilt.transformer.h[1].mlp.c_fc.bias[3] = math.nan
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "model", lambda *_: spoilt)
+        broken = tiny.lm("gpt2")
+    with pytest.raises(RunError, match=r"the weights of tiny-gpt2 are not numbers .*h\.1\.mlp\.c_fc\.bias"):
+        sweep.sweep(broken, kind, items, settings, tmp_path)
+    for error in (MemoryError("7 TiB"), OSError(28, "No space left on device"), KeyboardInterrupt()):
+
+        def stops(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, {"attribution": "_attributed", "edits": "_edited"}[kind], stops)
+            with pytest.raises(type(error)):
+                sweep.sweep(tiny.lm("gpt2"), kind, items, settings, tmp_path)
+
+    def refuses(*_, **__):
+        raise ValueError("the model is used by another thread")
+
+    monkeypatch.setattr(attribution, "attribute", refuses)
+    monkeypatch.setattr(criteria, "measure", refuses)
+    with pytest.raises(ValueError, match="used by another thread"):
+        sweep.sweep(tiny.lm("gpt2"), kind, items, settings, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------- sweeps side by side
+
+
+@pytest.mark.kind("sweep-files")
+def test_sweeps_of_other_prompts_models_and_settings_stand_side_by_side(lm, tmp_path):
+    other = tiny.lm("gpt2", seed=1)
+    paths, texts = [], []
+    for model, items, settings in (
+        (lm, QUERIES, {"steps": 2}), (lm, QUERIES[:4], {"steps": 2}), (lm, QUERIES, {"steps": 3}),
+        (other, QUERIES, {"steps": 2}),
+    ):  # fmt: skip
+        paths.append(sweep.sweep(model, "attribution", items, settings, tmp_path))
+        texts.append(paths[-1].read_text())
+    assert len(set(paths)) == 4 and [path.read_text() for path in paths] == texts
+    assert [len(sweep.load_records([path])) for path in paths] == [10, 4, 10, 10]
+    with pytest.raises(UsageError, match="belong to different sweeps, of other revision, settings") as error:
+        sweep.merge([tmp_path], tmp_path / "all")
+    for path in paths:
+        assert f"{path.name.removesuffix('1-of-1.jsonl')}*.jsonl" in str(error.value)
+    assert '{"steps": 3}' in str(error.value)
+    with pytest.raises(UsageError, match=r"different sweeps, of other prompts.*\(10 of 10.*\(4 of 4"):
+        sweep.load_records(paths[:2])
+
+
+@pytest.mark.kind("sweep-files")
+def test_an_interrupted_sweep_keeps_its_records_when_another_runs_in_its_folder(lm, tmp_path, monkeypatch):
+    attributed, calls = sweep._attributed, []
+
+    def dies(lm, queries, settings):
+        calls.append(len(queries))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return attributed(lm, queries, settings)
+
+    monkeypatch.setattr(sweep, "BATCH", 3)
+    monkeypatch.setattr(sweep, "_attributed", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path)
+    (part,) = tmp_path.glob(".*.part")
+    before = part.read_bytes()
+    sweep.sweep(lm, "attribution", QUERIES, {"steps": 3}, tmp_path)
+    assert part.read_bytes() == before
+    n = len(calls)
+    sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path)
+    assert sum(calls[n:]) == 4 and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.kind("sweep-files")
+@pytest.mark.parametrize("moment", ["computing", "writing"])
+def test_two_processes_on_one_shard_both_end_with_the_file_of_the_first(moment, lm, tmp_path, monkeypatch):
+    attributed, write, files = sweep._attributed, sweep.write, []
+
+    def meanwhile():
+        if not files:
+            files.append(None)
+            files.append(sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path))
+            files.append(files[1].read_bytes())
+
+    def computes(lm, queries, settings):
+        if moment == "computing" and list(tmp_path.glob(".*.part")):  # its first batch is written
+            meanwhile()
+        return [{**one, "gap": one["gap"] + 1e-9 * len(files)} for one in attributed(lm, queries, settings)]
+
+    def writes(path, text):
+        if moment == "writing" and not files:
+            meanwhile()
+            raise FileNotFoundError(2, "No such file or directory", "what stood beside it")
+        return write(path, text)
+
+    monkeypatch.setattr(sweep, "BATCH", 4)
+    monkeypatch.setattr(sweep, "_attributed", computes)
+    monkeypatch.setattr(sweep, "write", writes)
+    path = sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path)
+    assert path == files[1] and path.read_bytes() == files[2]
+    assert len(sweep.load_records([tmp_path])) == 10 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_shard_that_was_killed_before_its_file_was_moved_goes_on_with_all_its_records(lm, tmp_path, monkeypatch):
+    path = sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path)
+    text = path.read_text()
+    path.rename(tmp_path / f".{path.name}.k3x_.part")
+    monkeypatch.setattr(sweep, "_attributed", lambda *_: pytest.fail("computed again"))
+    assert sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path).read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.kind("sweep-files")
+def test_a_sweep_in_another_number_of_shards_takes_what_is_there(lm, tmp_path, monkeypatch):
+    attributed, calls = sweep._attributed, []
+    monkeypatch.setattr(sweep, "_attributed", lambda *given: calls.append(len(given[1])) or attributed(*given))
+    half = sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path, (1, 2))
+    (tmp_path / f".{half.name.replace('1-of-2', '2-of-2')}.x.part").write_text("")
+    files = [sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path, (k, 3)) for k in (1, 2, 3)]
+    assert sum(calls) == 10
+    assert len(sweep.load_records([tmp_path])) == 10 and half.is_file() and len(set(files)) == 3
+    files[2].unlink()
+    with pytest.raises(RunError, match="4 of 10 records are missing: 7–10; run shard 2/2 again"):
+        sweep.load_records([tmp_path])
+
+
+@pytest.mark.kind("sweep-files", own=True)
+def test_a_folder_may_hold_other_files_and_they_stay_as_they_are(lm, tmp_path):
+    out = tmp_path / "out [1]*"
+    out.mkdir()
+    others = {"prompts.jsonl": '{"prompt": "a", "target": "b"}\n', "attribution.jsonl": "", "merged.jsonl": "x",
+              ".attribution-notes.part": "y"}  # fmt: skip
+    for name, text in others.items():
+        (out / name).write_text(text)
+    sweep.sweep(lm, "attribution", QUERIES[:3], {"steps": 2}, out, (1, 2))
+    sweep.sweep(lm, "attribution", QUERIES[:3], {"steps": 2}, out, (2, 2))
+    assert {name: (out / name).read_text() for name in others} == others
+    merged = sweep.merge([out], out / "merged.jsonl")
+    assert len(lines(merged)) == 3 and len(sweep.load_records([out])) == 3 and len(sweep.load_records([merged])) == 3
+    with pytest.raises(RunError, match="prompts.jsonl, line 1: no record of a sweep"):
+        sweep.load_records([out / "prompts.jsonl"])
+
+
+@pytest.mark.kind("sweep-files", own=True)
+def test_a_record_is_used_again_only_for_what_it_says_it_is(lm, tmp_path, monkeypatch):
+    path = sweep.sweep(lm, "attribution", QUERIES[:3], {"steps": 2}, tmp_path)
+    before = path.read_text()
+    records = lines(path)
+    changed = [{**records[0], "query": {**records[0]["query"], "target": "cat"}}, {**records[1], "revision": "other"}]
+    path.write_text("".join(map(sweep._line, [*changed, records[2]])))
+    assert sweep.sweep(lm, "attribution", QUERIES[:3], {"steps": 2}, tmp_path).read_text() == before
+    for nonsense in (
+        {},
+        {"id": 1},
+        {**records[0], "place": "1"},
+        {**records[0], "place": 9},
+        {**records[0], "query": 1},
+    ):
+        path.write_text(sweep._line(nonsense))
+        with pytest.raises(RunError, match="line 1: damaged"):
+            sweep.load_records([path])
+
+
+@pytest.mark.kind("sweep-files", own=True)
+def test_the_name_of_the_machine_does_not_matter(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(nodename="rack/1 *[a]\n"))
+    path = sweep.sweep(lm, "attribution", QUERIES[:2], {"steps": 2}, tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.kind("sweep-files", own=True)
+def test_a_merge_does_not_replace_a_shard(lm, tmp_path):
+    files = [sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path, (k, 2)) for k in (1, 2)]
+    before = files[0].read_text()
+    with pytest.raises(UsageError, match="is the file of a shard.*another name"):
+        sweep.merge(files, files[0])
+    assert files[0].read_text() == before
+
+
+@pytest.mark.kind("sweep-files", own=True)
+def test_a_model_that_is_changed_while_the_sweep_runs_ends_it(lm, tmp_path, monkeypatch):
+    attributed = sweep._attributed
+
+    def changes(lm, queries, settings):
+        object.__setattr__(lm, "revision", "another")
+        return attributed(lm, queries, settings)
+
+    monkeypatch.setattr(sweep, "_attributed", changes)
+    with pytest.raises(RunError, match="was changed while the sweep ran"):
+        sweep.sweep(tiny.lm("gpt2"), "attribution", QUERIES, {"steps": 2}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.kind("raw-errors")
+def test_records_of_sweeps_do_not_land_among_what_a_checkout_tracks(lm, tmp_path, monkeypatch):
+    root = make_checkout(tmp_path / "toy", n01_toy=notebook(COMPUTE))
+    (root / "results" / "gpt2").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(root / "results")
+    monkeypatch.chdir(root)
+    for out in ("results", "results/gpt2", "results/new/er", "notebooks", "../link/x", "./runs/../results"):
+        with pytest.raises(UsageError, match="in (results|notebooks)/ of a checkout.*give a folder of its own"):
+            sweep.sweep(lm, "attribution", QUERIES[:1], {"steps": 2}, Path(out))
+        with pytest.raises(UsageError, match="give a folder of its own"):
+            sweep.merge([Path(out)], Path(out) / "all.jsonl")
+    assert not (root / "results" / "new").exists()
+    sweep.sweep(lm, "attribution", QUERIES[:1], {"steps": 2}, Path("runs"))
+    for taken in (os.environ["KNCORE_SCORES"], os.environ["KNCORE_RESULTS"]):
+        with pytest.raises(UsageError, match="is for other things"):
+            sweep.sweep(lm, "attribution", QUERIES[:1], {"steps": 2}, Path(taken) / "runs")
+
+
+# ------------------------------------------------------------------------------------------- prompts of one's own
+
+ROW = '{"prompt": "the capital of", "target": "France"}'
+
+
+@pytest.mark.kind("blank-lines")
+@pytest.mark.parametrize("text", [
+    f"{ROW}\n{ROW}\n\n", f"\n{ROW}\n\n{ROW}", f"{ROW}\r\n\r\n{ROW}\r\n \t \r\n", f"\ufeff\n{ROW}\n{ROW}\n\u3000\n",
+])  # fmt: skip
+def test_blank_lines_are_skipped(text, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert sweep.read_queries(path, "attribution") == [Query("the capital of", "France")] * 2
+    lines = len(text.replace("\r\n", "\n").splitlines()) if text.endswith("\n") else text.count("\n") + 1
+    path.write_text(text + ("" if text.endswith("\n") else "\n") + '{"prompt": 1}', encoding="utf-8", newline="")
+    with pytest.raises(UsageError, match=f"line {lines + 1}: there is no target"):
+        sweep.read_queries(path, "attribution")
+
+
+@pytest.mark.kind("blank-lines", own=True)
+@pytest.mark.parametrize(("line", "match"), [
+    ('{"prompt": "a", "prompt": "b", "target": "c"}', "'prompt' stands there twice"),
+    ('{"promt": "a", "target": "c", "Colour": 1}', r"has no 'promt', 'Colour' .did you mean prompt\?"),
+    ('{"prompt": "a"}', "there is no target"),
+    ('{"prompt": NaN, "target": "c"}', "NaN is no finite number"),
+    ('{"prompt": "a", "target": -Infinity}', "-Infinity is no finite number"),
+    ('{"prompt": "a", "target": 1e999}', "1e999 is no finite number"),
+    ('{"prompt": "a", "target": ' + "9" * 5000 + "}", "is no finite number"),
+    ('{"prompt": "a", "target": 7}', "the target of a Query must be text, got int 7"),
+    ("null", "it holds null, no object"),
+    ('["a", "b"]', "no object"),
+    ("{'prompt': 'a'}", "no JSON .Expecting property name.* at letter 2"),
+    (f"{ROW}{ROW}", "no JSON .Extra data"),
+])  # fmt: skip
+def test_a_line_that_is_no_prompt_says_why(line, match, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f"\n{ROW}\n\n{line}\n")
+    with pytest.raises(
+        UsageError, match=f"prompts.jsonl, line 4: .*{match}.*Expected an object with prompt and target"
+    ):
+        sweep.read_queries(path, "attribution")
+
+
+@pytest.mark.kind("blank-lines", own=True)
+@pytest.mark.parametrize("text", ["", "\n", " \r\n\t\n", "\ufeff"])
+def test_a_file_without_a_prompt_is_refused(text, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match="holds no prompts; expected lines of JSON"):
+        sweep.read_queries(path, "attribution")
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def command(*arguments):
+    try:
+        return __main__.main(["sweep", *arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def test_a_number_is_what_was_typed_or_refused(capsys):
+    texts = ["٣", "1_0", "+5", "1e3", "5.0", "5x", "-1", "0x5", "²", "½", "", "五", "9" * 30]
+    for option in ("-n", "--seed", "--steps", "--shard", "--limit"):
+        start = ["cache", "--prune"] if option == "--limit" else ["sweep", "attribution", "--out", "o"]
+        for text in texts:
+            text = f"{text}/{text}" if option == "--shard" else text
+            with pytest.raises(SystemExit) as error:
+                __main__.main([*start, f"{option}={text}"])
+            said = capsys.readouterr().err
+            assert error.value.code == 2 and said.count("\n") == 1 and repr(text) in said
+    words = "sweep attribution -n 010 --seed 08 --steps 020 --shard 03/08 --out o"
+    options = __main__.parser().parse_args(words.split())
+    assert (options.n, options.seed, options.steps, options.shard) == (10, 8, 20, (3, 8))
+
+
+@pytest.mark.kind("parameter-as-typed", own=True)
+@pytest.mark.parametrize(("arguments", "match"), [
+    (["attribution", "--editor", "rome"], "attribution has no setting 'editor'"),
+    (["edits", "--steps", "5"], "edits has no setting 'steps'"),
+    (["attribution", "--steps", "1", "--quadrature", "trapezoid"], "needs more than 1 steps"),
+    (["attribution", "--quadrature", "simpson"], "unknown quadrature 'simpson'"),
+    (["attribution", "--queries", "q", "-n", "3"], "leave out -n"),
+    (["attribution", "--queries", "q", "--seed", "0", "--source", "own"], "leave out --seed, --source"),
+    (["attribution", "--queries", "q", "capital"], "leave out names"),
+])  # fmt: skip
+def test_what_would_have_no_effect_is_refused_before_a_model_is_loaded(arguments, match, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("loaded"))
+    Path("q").write_text(ROW)
+    assert command(*arguments, "--out", "o") == 2
+    said = capsys.readouterr().err
+    assert match in said and said.count("\n") == 1 and not Path("o").exists()
+
+
+@pytest.mark.kind("parameter-as-typed", own=True)
+def test_names_may_stand_after_the_options(capsys):
+    for words in ("capital maker --out o -n 1", "--out o capital maker -n 1", "capital --out o maker -n 1"):
+        options = __main__._parsed(["sweep", "attribution", *words.split()])
+        assert options.names == ["capital", "maker"]
+    for words in ("sweep attribution --out o --colour red capital", "cache capital"):
+        with pytest.raises(SystemExit):
+            __main__._parsed(words.split())
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.kind("raw-errors")
+@pytest.mark.parametrize("words", [
+    "Could not determine home directory.",  # of pathlib
+    "could not determine the home directory for '~/.cache', set an absolute HOME or XDG variable",  # of pooch
+])  # fmt: skip
+def test_a_user_without_a_home_is_told_to_name_one(words, capsys, monkeypatch):
+    def homeless():
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(models, "cache_folder", homeless)
+    assert __main__.main(["cache"]) == 2
+    assert capsys.readouterr().err == "kncore: this user has no home folder; set HOME to a folder that can be written\n"
+
+
+@pytest.mark.kind("raw-errors")
+def test_closed_streams_are_no_files_of_ours(tmp_path):
+    """Without standard streams the next file that is opened would have their numbers, and get what is printed."""
+    code = "import os, sys; from kncore import __main__; code = __main__.main(['cache']); "
+    code += "sys.exit(code or not all(os.readlink(f'/proc/self/fd/{n}') == os.devnull for n in range(3)))"
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH") or str(root)}
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code], env=environment, check=False
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.kind("raw-errors", own=True)
+@pytest.mark.parametrize("moment", ["write", "flush"])
+def test_a_stream_that_takes_nothing_is_named(moment, capsys, monkeypatch):
+    class Full:
+        def write(self, text):
+            if moment == "write":
+                raise OSError(28, "No space left on device")
+
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert __main__.main(["cache"]) == 1
+    assert "'standard output'; free some space" in capsys.readouterr().err
+
+
+@pytest.mark.kind("raw-errors", own=True)
+def test_a_full_disk_is_named_and_what_was_computed_stays(lm, tmp_path, monkeypatch):
+    calls, sync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(sweep, "BATCH", 4)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*\.part"):
+        sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path)
+    monkeypatch.setattr(os, "fsync", sync)
+    computed, sizes = sweep._attributed, []
+    monkeypatch.setattr(sweep, "_attributed", lambda *given: sizes.append(len(given[1])) or computed(*given))
+    assert len(lines(sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path))) == 10
+    assert sum(sizes) <= 6

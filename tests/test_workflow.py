@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
+import shlex
 import shutil
+import string
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import tiny
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_project import locked
+
+from kncore import sweep
+from kncore.tasks import Query
 
 ROOT = Path(__file__).resolve().parent.parent
 SNAKEMAKE = os.environ.get("KNCORE_SNAKEMAKE") or shutil.which("snakemake")
@@ -43,7 +52,6 @@ def snakemake(folder: Path, *arguments: str, **config) -> subprocess.CompletedPr
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
     )
 
 
@@ -55,6 +63,42 @@ def jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
     start = lines.index("Job stats:") + 3
     rows = (line.split() for line in lines[start : lines.index("", start)])
     return {name: int(count) for name, count in rows if name not in ("all", "total")}
+
+
+class Quoting(string.Formatter):
+    """Fills in a shell command as Snakemake does: `:q` quotes, a list stands as its parts."""
+
+    def format_field(self, value, spec):
+        parts = [str(one) for one in (value if isinstance(value, list) else [value])]
+        return " ".join(map(shlex.quote, parts) if spec == "q" else parts)
+
+    def get_field(self, name, args, kwargs):
+        found = re.fullmatch(r"(\w+)\[(\w+)\]", name)
+        return (kwargs[found[1]][found[2]], name) if found else super().get_field(name, args, kwargs)
+
+
+def shell(rule: str, **fields) -> None:
+    """Run the shell command of a rule of the Snakefile, without Snakemake."""
+    text = (ROOT / "workflow" / "Snakefile").read_text(encoding="utf-8").partition(f"rule {rule}:")[2]
+    lines = re.search(r"    shell:\n((?: {8}.*\n)+)", text)[1]
+    command = Quoting().format(ast.literal_eval(f"({lines})"), config=SMALL, SHARDS=1, **fields)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True, env=environment)
+
+
+@pytest.mark.kind("sweep-files")
+def test_shards_are_merged_by_their_markers_beside_files_of_earlier_sweeps(tmp_path):
+    out = tmp_path / "it's a folder" / "facts"
+    earlier = sweep.sweep(tiny.lm("gpt2"), "attribution", [Query("the capital of", "France")], {"steps": 2}, out)
+    before, marker = earlier.read_text(), out / "1.done"
+    call = {"settings": "HF_HUB_OFFLINE=1", "sweep": "attribution capital -n 4 --steps 2", "name": "controlled-gpt2"}
+    places = {"log": out / "1.log", "output": marker, "wildcards": SimpleNamespace(k=1)}
+    shell("shard", params=SimpleNamespace(**call, out=out), threads=1, **places)
+    assert len(list(out.glob("*.jsonl"))) == 2 and earlier.read_text() == before
+    shell("merge", input=[marker], params=SimpleNamespace(out=out), output=out.with_suffix(".done"))
+    records = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [record["place"] for record in records] == [1, 2, 3, 4]
+    assert {record["model"] for record in records} == {"controlled-gpt2"}
 
 
 def test_the_lock_of_the_cluster_holds_the_project_and_snakemake():
@@ -164,10 +208,14 @@ def test_a_sweep_runs_in_shards_and_is_run_again_for_its_content_only(toy):
     finer = [{"name": "facts", "run": "attribution capital -n 6 --steps 5"}]
     assert jobs(snakemake(toy, "-n", *profile, sweeps=finer))["shard"] == 2
 
+    done = snakemake(toy, *profile, sweeps=finer)
+    assert done.returncode == 0 and json.loads(records.read_text().splitlines()[0])["settings"] == {"steps": 5}
+    assert snakemake(toy, *profile).returncode == 0 and records.read_text() == first
+
     # A job that fails takes its marker with it, and nothing else.
     failed = snakemake(toy, *profile, sweeps=[{"name": "facts", "run": "attribution no_such_relation"}])
     assert failed.returncode == 1 and records.read_text() == first
     shards = sorted((toy / "out" / "controlled-gpt2" / "facts").glob("*.jsonl"))
-    assert len(shards) == 2
+    assert len(shards) == 4
     again = snakemake(toy, *profile)
     assert again.returncode == 0 and records.read_text() == first
