@@ -6,14 +6,16 @@ import re
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
+import nbformat
 import pytest
 import tiny
+import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kncore import cache, claims
+import kncore
+from kncore import claims, grammar, resources, stats, tasks
 from kncore.claims import CLAIMS, Claim, Verdict, read, record, table
 from kncore.grammar import number_words
 from kncore.models import REGISTRY
@@ -23,6 +25,7 @@ LM = tiny.lm("gpt2")
 ABOVE = Claim("a", "01", "A.", "2", "m", "above", 0.5, 30)
 WITHIN = Claim("w", "01", "W.", "2", "m", "within", 0.5, 30)
 CLEAR = Estimate(0.8, 0.6, 0.9, 40)
+VERSIONS = {name: claims.package_version(name) for name in ("kncore", "torch", "transformers")}
 
 
 # Rules
@@ -48,7 +51,7 @@ CLEAR = Estimate(0.8, 0.6, 0.9, 40)
     ],
 )
 def test_verdicts_by_truth_table(low, high, above, within):
-    estimate = Estimate(0.0, low, high, 30)
+    estimate = Estimate(min(max(0.0, low), high), low, high, 30)
     assert (ABOVE.verdict(estimate), WITHIN.verdict(estimate)) == (above, within)
     few = estimate._replace(n=29)
     assert (ABOVE.verdict(few), WITHIN.verdict(few)) == ("inconclusive", "inconclusive")
@@ -63,9 +66,11 @@ def test_a_verdict_speaks_of_the_interval_not_of_the_value():
 def test_no_verdict_on_what_is_not_a_number(place):
     values = [0.8, 0.6, 0.9]
     values[place] = float("nan")
+    with pytest.raises(ValueError, match="not a number"):
+        Estimate(*values, 1)
     for claim in (ABOVE, WITHIN):
         with pytest.raises(ValueError, match=f"claim '{claim.id}'.*not a number"):
-            claim.verdict(Estimate(*values, 1))
+            claim.verdict(Estimate(*[float("nan")] * 3, 0))
 
 
 def test_rules_in_words_name_threshold_and_n():
@@ -104,7 +109,7 @@ def results(tmp_path, monkeypatch):
 
 
 def put(claim="fact-has-neurons", estimate=CLEAR, lm=LM, **parameters):
-    return record(claim, lm, estimate, seed=3, source="own", **parameters)
+    return record(claim, lm, estimate, seed=0, source="own", **parameters)
 
 
 def files(results):
@@ -125,7 +130,7 @@ def test_a_record_says_what_was_found_by_what_rule_on_what(results):
         "rule": claim.rule,
     }
     want |= {"verdict": "supported", "value": 0.8, "low": 0.6, "high": 0.9, "n": 40}
-    want |= {"model": "tiny-gpt2", "revision": "seed0", "dtype": "float32", "source": "own", "seed": 3}
+    want |= {"model": "tiny-gpt2", "revision": "seed0", "dtype": "float32", "source": "own", "seed": 0}
     want |= {"parameters": {"n": 12, "quadrature": "gauss"}}
     assert {name: told[name] for name in want} == want
     assert {"torch", "transformers", "numpy", "scipy", "kncore"} <= set(told["versions"])
@@ -298,13 +303,13 @@ def test_any_change_of_one_field_breaks_the_checksum_and_nothing_else_does(told,
 
 def test_a_fresh_record_is_not_stale(results):
     put()
-    put("equally-few", Estimate(0.8, -math.inf, math.inf, 1), n=3, layers=(1, 2), share=1 / 3)
+    put("equally-few", Estimate(0.8, -math.inf, math.inf, 1), n=7, layers=(1, 2), share=1 / 3)
     put("number-separates", Estimate(1e-9, 2e-10, 0.123456789, 40))
     assert [claims.stale(told) for told in read(results)] == [[], [], []]
 
 
 def test_a_record_edited_by_hand_is_stale_whatever_was_edited(results):
-    put(n=12)
+    put(n=7)
     (told,) = read(results)
     for name, value in told.items():
         other = {"no": "such"} if isinstance(value, dict) else value + 1 if isinstance(value, float | int) else "edited"
@@ -321,9 +326,17 @@ def test_a_record_edited_by_hand_is_stale_whatever_was_edited(results):
         ({"rule": "supported if it looks good"}, "the rule has changed since"),
         ({"metric": "another"}, "the metric has changed since"),
         ({"verdict": "contradicted"}, "the rule now gives another verdict"),
-        ({"versions": {"kncore": "0.0.1"}}, f"recorded with kncore 0.0.1, this is {claims.package_version()}"),
+        ({"statement": "Another."}, "the statement has changed since"),
+        ({"dtype": "bfloat16"}, "recorded with dtype bfloat16, it is float32 now"),
+        *(
+            ({"versions": {**VERSIONS, name: "0.0.1"}}, f"recorded with {name} 0.0.1, this is {VERSIONS[name]}")
+            for name in VERSIONS
+        ),
+        (
+            {"model": "gpt2", "revision": "0" * 40},
+            f"recorded with revision {'0' * 40}, it is {REGISTRY['gpt2'].revision} now",
+        ),
     ],
-    ids=["code", "rule", "metric", "verdict", "version"],
 )
 def test_a_record_of_another_state_of_the_package_is_stale(change, reason, results):
     put()
@@ -341,47 +354,102 @@ def test_a_claim_that_changed_makes_its_records_stale(results, monkeypatch):
 
 def test_a_record_of_other_code_is_stale(results, monkeypatch):
     put()
-    monkeypatch.setattr(claims, "code_version", lambda: "f" * 16)
+    monkeypatch.setattr(stats, "share", lambda *x: None)
     assert list(map(claims.stale, read(results))) == [["the code has changed since"]]
     put()
     assert list(map(claims.stale, read(results))) == [[]]
 
 
-def test_every_module_either_counts_as_code_or_cannot_decide_a_number():
-    idle = {"__init__", "__main__", "book", "claims", "door", "figures", "looking", "pages", "pipeline", "reference"}
-    idle |= {"stored", "sweep"}
-    modules = {path.stem for path in Path(claims.__file__).parent.glob("*.py")}
-    assert set(claims.CODE) | idle == modules, "a new module belongs into claims.CODE, or into this list"
-    assert not set(claims.CODE) & idle
+def checkout(folder, *cells):
+    """A checkout with one chapter of these cells after its parameters, and the notebook's path."""
+    path = toy.make_checkout(folder, n01_toy=toy.notebook(*cells)) / "notebooks" / "01-toy.ipynb"
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[1].source = "model = 'tiny'\nn = 7\nseed = 0\nsource = 'own'"
+    nbformat.write(nb, path)
+    return path
 
 
-def test_the_code_version_is_of_all_that_counts_and_of_nothing_else(tmp_path, monkeypatch):
-    package = shutil.copytree(Path(claims.__file__).parent, tmp_path / "kncore")
+CELLS = (
+    "from kncore import claims, figures, stats",
+    "shown = stats.share([True] * 40)",
+    "figures.table([])",
+    "claims.record('fact-has-neurons', lm, shown, seed=seed, source=source, n=n)",
+    "claims.record('fact-owns-neuron', lm, stats.mean([1, 2]), seed=seed, source=source, n=n)",
+)
 
-    def fingerprint():
-        cache.code_version.cache_clear()
-        return claims.code_version.__wrapped__()
 
-    scores = cache.code_version()
-    monkeypatch.setattr(claims, "__file__", str(package / "claims.py"))
-    monkeypatch.setattr(cache, "__file__", str(package / "cache.py"))
-    here = fingerprint()
-    for name in ("claims.py", "figures.py", "stored.py", "data/.hidden"):
-        with (package / name).open("a") as stream:
-            stream.write("# more\n")
-    assert fingerprint() == here
-    seen = {here}
-    data = [path.relative_to(package) for path in sorted((package / "data").rglob("*.toml"))]
-    for name in [*(f"{module}.py" for module in claims.CODE), *data]:
-        with (package / name).open("a") as stream:
-            stream.write("# more\n")
-        seen.add(fingerprint())
-    (package / "data" / "new.toml").touch()
-    seen.add(fingerprint())
-    assert len(data) > 2 and len(seen) == 1 + len(claims.CODE) + len(data) + 1
-    monkeypatch.undo()
-    cache.code_version.cache_clear()
-    assert cache.code_version() == scores
+@pytest.mark.kind("identity")
+def test_a_record_carries_the_closure_of_its_notebook_up_to_its_cell(results, tmp_path, monkeypatch):
+    path = checkout(tmp_path / "book", *CELLS)
+    monkeypatch.chdir(path.parent.parent)
+    put(n=7)
+    put("fact-owns-neuron", n=7)
+
+    def after(*cells):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        monkeypatch.chdir(checkout(tmp_path / "other", *cells).parent.parent)
+        return [claims.stale(record) for record in read(results)]
+
+    changed = ["the code has changed since"]
+    assert after(*CELLS) == [[], []]
+    assert after("# a remark", *CELLS[:2], "figures.table([1]); print(shown)", *CELLS[3:]) == [[], []]
+    assert after(*CELLS[:3], CELLS[3], CELLS[4].replace("[1, 2]", "[1, 3]")) == [[], changed]
+    assert after(CELLS[0], CELLS[1].replace("40", "41"), *CELLS[2:]) == [changed, changed]
+    monkeypatch.setattr(stats, "mean", lambda *x: None)
+    assert after(*CELLS) == [[], changed]
+
+
+@pytest.mark.kind("identity")
+def test_a_record_with_other_settings_than_its_chapter_has_is_stale(results, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkout(tmp_path / "book", *CELLS).parent.parent)
+    record("fact-has-neurons", LM, CLEAR, seed=1, source="public", n=5)
+    assert sorted(claims.stale(read(results)[0])) == [
+        "recorded with n = 5, it is 7 now",
+        "recorded with seed = 1, it is 0 now",
+        "recorded with source = public, it is own now",
+    ]
+
+
+@pytest.mark.kind("identity")
+def test_a_record_names_the_data_that_was_read_and_is_stale_where_that_changed(results, monkeypatch):
+    grammar.lexicon()
+    tasks.describe("capital")
+    put()
+    (found,) = read(results)
+    assert {"lexicon.toml", "relation capital"} <= found["data"].keys()
+    assert claims.stale(found) == []
+    now = claims._data
+    monkeypatch.setattr(claims, "_data", lambda name: "other" if name == "relation capital" else now(name))
+    assert claims.stale(found) == ["the data of relation capital have changed since"]
+
+
+@pytest.mark.kind("identity", own=True)
+def test_an_unrelated_relation_makes_no_record_stale(results, tmp_path, monkeypatch):
+    put()
+    (found,) = read(results)
+    assert claims._data("relation capital") == found["data"].get("relation capital", claims._data("relation capital"))
+    changed = shutil.copytree(resources.DATA, tmp_path / "data")
+    (changed / "facts" / "new.tsv").write_text("subject\tobject\na\tb\n", encoding="utf-8")
+    with (changed / "relations.toml").open("a", encoding="utf-8") as stream:
+        stream.write('\n[new]\ndescription = "new"\nwikidata = ""\ntemplates = ["{} is"]\n')
+    for module in (resources, tasks, claims):
+        monkeypatch.setattr(module, "DATA", changed)
+    for function in (claims._data, tasks._tables, tasks.describe):
+        function.cache_clear()
+    try:
+        assert "new" in tasks.relations() and claims.stale(found) == []
+    finally:
+        for function in (claims._data, tasks._tables, tasks.describe):
+            function.cache_clear()
+
+
+@pytest.mark.kind("identity")
+def test_a_model_that_was_changed_is_not_recorded(results):
+    lm = tiny.lm("llama")
+    with kncore.suppress(lm, [(0, 1)]), pytest.raises(ValueError, match="not as it was loaded.*end the intervention"):
+        put(lm=lm)
+    assert read(results) == []
+    put(lm=lm)
 
 
 # Table
