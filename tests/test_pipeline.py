@@ -805,6 +805,7 @@ def test_a_disk_without_room_for_a_kernel_is_named_before_one_starts(toy, monkey
 
 
 @pytest.mark.kind("raw-errors")
+@pytest.mark.kind("clock")
 def test_a_clock_that_is_set_back_gives_no_negative_time(toy, monkeypatch):
     import papermill
 
