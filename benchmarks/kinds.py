@@ -2,9 +2,9 @@
 
     python benchmarks/kinds.py [--out FILE]
 
-Prints a table in Markdown: the kinds of kinds.toml, each with the number of tests that are marked with it. Nothing is run:
-the tests are collected, and one with several inputs counts once for each. As a plugin of pytest (`-p kinds`) this module
-prints what was collected.
+Prints a table in Markdown: the kinds of kinds.toml, each with the number of tests that are marked with it. Nothing is
+run: the tests are collected, and one with several inputs counts once for each. As a plugin of pytest (`-p kinds`) this
+module prints what was collected.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def collect(tests: Path = ROOT / "tests") -> dict[str, dict]:
     done = subprocess.run(
         [*command, str(tests)], cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
     )
-    told = [line for line in done.stdout.splitlines() if line.startswith(BEGIN)]
-    if done.returncode or not told:
+    printed = [line for line in done.stdout.splitlines() if line.startswith(BEGIN)]
+    if done.returncode or not printed:
         raise RuntimeError(f"the tests could not be collected: {(done.stdout + done.stderr).strip()[-2000:]}")
-    return json.loads(told[0].removeprefix(BEGIN))
+    return json.loads(printed[0].removeprefix(BEGIN))
 
 
 def counts(collected: Iterable[Mapping]) -> dict[str, tuple[int, int]]:
@@ -72,10 +72,13 @@ def counts(collected: Iterable[Mapping]) -> dict[str, tuple[int, int]]:
 
 def table(found: Mapping[str, tuple[int, int]]) -> str:
     """The counts as a table in Markdown, with their sums."""
-    lines = ["| What is given | seen in | what happens | tests | of these, own inputs |", "| --- | --- | --- | --: | --: |"]
-    for slug, told in KINDS.items():
+    lines = [
+        "| What is given | seen in | what happens | tests | of these, own inputs |",
+        "| --- | --- | --- | --: | --: |",
+    ]
+    for slug, words in KINDS.items():
         tests, own = found[slug]
-        lines.append(f"| {told['kind']} | {told['seen']} | {told['now']} | {tests} | {own} |")
+        lines.append(f"| {words['kind']} | {words['seen']} | {words['now']} | {tests} | {own} |")
     tests, own = (sum(column) for column in zip(*found.values(), strict=True))
     return "\n".join([*lines, f"| **{len(found)} kinds** | | | {tests} | {own} |"]) + "\n"
 

@@ -1,4 +1,4 @@
-"""The kinds of input that once went wrong: each has its tests, and the table in the book counts them. No test hurries."""
+"""The kinds of input that once went wrong: each has tests, and the table in the book counts them. No test hurries."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def test_a_test_counts_once_for_a_kind_and_a_wrong_slug_or_a_kind_without_tests_
     monkeypatch.setattr(kinds, "KINDS", {"a": {"kind": "A", "seen": "x #1", "now": "right"}})
     both = {"kinds": [["a", True], ["a", False]]}
     assert kinds.counts([both, {"kinds": [["a", False]]}, {"kinds": []}]) == {"a": (2, 1)}
-    assert kinds.table({"a": (2, 1)}).splitlines()[2:] == ["| A | x #1 | right | 2 | 1 |", "| **1 kinds** | | | 2 | 1 |"]
+    assert kinds.table({"a": (2, 1)}).splitlines()[2:] == [
+        "| A | x #1 | right | 2 | 1 |",
+        "| **1 kinds** | | | 2 | 1 |",
+    ]
     with pytest.raises(ValueError, match="'b', which is not in"):
         kinds.counts([{"kinds": [["b", False]]}])
     with pytest.raises(ValueError, match="no test is marked with a"):
@@ -42,7 +45,7 @@ def test_a_test_counts_once_for_a_kind_and_a_wrong_slug_or_a_kind_without_tests_
 def test_no_generated_test_has_a_deadline(collected):
     """A `settings` of its own cannot bring back what the profiles leave out."""
     assert sum("test_generated_text_is_shown_as_it_is" in name for name in collected)
-    assert not [name for name, told in collected.items() if told["hurried"]]
+    assert not [name for name, test in collected.items() if test["hurried"]]
 
 
 @pytest.mark.kind("clock", own=True)
