@@ -186,18 +186,18 @@ def test_sources_that_are_no_folder_of_text_are_named(tmp_path):
 
 
 @pytest.mark.kind("not-a-number")
-@on_all_families
-@pytest.mark.parametrize("texts", [[""], [" \n", ""], ["the"]], ids=str)
+@pytest.mark.parametrize(
+    ("family", "texts"),
+    [*((family, texts) for family in tiny.FAMILIES for texts in ([""], [" \n", ""])), ("gpt2", ["the"])],
+    ids=str,
+)
 def test_text_of_less_than_two_tokens_has_no_covariance(family, texts, tmp_path):
     """Of a masked model the special tokens that it would put around nothing are no text."""
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
-    if MODELS[family].spec.masked and texts == ["the"]:
-        assert covariance.covariance(MODELS[family], 0, str(tmp_path)).isfinite().all()  # [CLS] the [SEP]
-    else:
-        with pytest.raises(ValueError, match="no two tokens in a row"):
-            covariance.covariance(MODELS[family], 0, str(tmp_path))
-    assert bool(files()) == (MODELS[family].spec.masked and texts == ["the"])
+    with pytest.raises(ValueError, match="no two tokens in a row"):
+        covariance.covariance(MODELS[family], 0, str(tmp_path))
+    assert not files()
 
 
 @pytest.mark.kind("not-a-number", own=True)
@@ -226,11 +226,11 @@ def test_a_text_of_fewer_tokens_than_neurons_is_refused_whatever_its_rounding(fa
 @pytest.mark.kind("not-a-number", own=True)
 def test_whether_a_covariance_is_singular_does_not_hang_on_the_units_of_a_neuron():
     rows = torch.randn(60, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rows[:, 2] *= 1e-6
+    rows[:, 2] *= 1e-8
     keys = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     moment = rows.T @ rows / 60
-    torch.testing.assert_close(covariance.solve(moment, keys) @ moment, keys, atol=1e-9, rtol=1e-9)
-    rows[:, 2] = rows[:, 3] * 1e-6
+    torch.testing.assert_close(covariance.solve(moment, keys) @ moment, keys, atol=1e-6, rtol=1e-6)
+    rows[:, 2] = rows[:, 3] * 1e-8
     with pytest.raises(ValueError, match="singular"):
         covariance.solve(rows.T @ rows / 60, keys)
     rows = rows[:5].float()

@@ -136,7 +136,6 @@ def test_what_cannot_be_written_is_refused():
         memit.memit(lm, [[replace(REQUESTS[0], subject="")]], changes()[:1], [None], Hyper(1, 1))
 
 
-@pytest.mark.kind("rome-one-key", own=True)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_request_that_begins_with_its_subject_has_one_key_in_both_places(family):
     """For one block and one request, what is added at the mean key is R · k̄ᵀC⁻¹k̄ / (λ + k̄ᵀC⁻¹k̄): less than R."""
