@@ -6,8 +6,8 @@ From the ground floor up; a module imports from the floors below its own only.
    `resources` data files, and which were read · `tasks` queries and facts · `stored` notebooks at rest · `disk` files
    written whole and sealed · `fingerprint` the code that decided a result · `state` of a model and of the process:
    content, settings from outside, one thread at a time · `bound` a process that ends with its parent
-2. `checkpoint` folders of models, checked · `models` names and loading · `grammar` minimal pairs · `words` nouns, plain prose, frequencies ·
-   `runs` kept apart, and published whole
+2. `checkpoint` folders of models, checked · `models` names and loading · `grammar` minimal pairs · `words` nouns, plain
+   prose, frequencies · `runs` kept apart, and published whole
 3. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
 4. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores ·
    `cases` what is asked after an edit · `editing` requests and settings of editors

@@ -32,6 +32,7 @@ from kncore.stored import visible
 
 VERDICTS = ("supported", "contradicted", "inconclusive")
 DECIDING = ("torch", "transformers")  # the packages whose version decides a number
+EARLIER = {"family": next(iter(arch.SPECS)), "data": {}}  # what records of earlier versions lack: they are stale
 @dataclass(frozen=True)
 class Claim:
     """A claim and its rule.
@@ -641,6 +642,8 @@ def stale(told: Mapping) -> list[str]:
         return ["it has no checksum"]
     if told["checksum"] != checksum(told):
         return ["edited after it was recorded"]
+    if not EARLIER.keys() <= told.keys():
+        return ["recorded by an earlier kncore, which did not say what data it read"]
     claim, notebook = CLAIMS[told["claim"]], find_notebook(told["chapter"])
     found = {
         "the code has changed since": told["code"] != code(claim, told["family"], notebook),
@@ -700,6 +703,7 @@ def _check(record: Mapping) -> None:
     if not isinstance(record, dict):
         raise TypeError("it is no mapping")
     json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # refuses infinity and halves of characters
+    record = {**EARLIER, **record}
     texts = "claim chapter statement metric rule verdict model revision family dtype source code".split()
     numbers, others = "value low high n seed".split(), ["parameters", "data", "versions"]
     if missing := [name for name in (*texts, *numbers, *others) if name not in record]:

@@ -423,6 +423,14 @@ def test_a_record_names_the_data_that_was_read_and_is_stale_where_that_changed(r
     assert claims.stale(found) == ["the data of relation capital have changed since"]
 
 
+def test_a_record_of_an_earlier_version_is_read_and_stale(results):
+    put()
+    path = next(results.glob("*/*.json"))
+    earlier = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("family", "data")}
+    path.write_text(json.dumps(earlier | {"checksum": claims.checksum(earlier)}))
+    assert claims.stale(read(results)[0]) == ["recorded by an earlier kncore, which did not say what data it read"]
+
+
 @pytest.mark.kind("identity", own=True)
 def test_an_unrelated_relation_makes_no_record_stale(results, tmp_path, monkeypatch):
     put()

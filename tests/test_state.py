@@ -113,6 +113,19 @@ def test_inference_mode_is_refused_with_a_remedy(lm):
     assert scores(lm).isfinite().all()
 
 
+@pytest.mark.kind("grad-and-inference-mode", own=True)
+def test_fine_tuning_and_edits_of_neurons_need_no_gradients_outside(lm):
+    edits = {name: editors.edit(lm, [QUERY], name) for name in ("fine-tuning", "neurons")}
+    for name, (edit,) in edits.items():
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "store", lambda *x: None)
+            (again,) = editors.edit(lm, [QUERY], name)
+            assert not torch.is_grad_enabled()
+        assert again.failed == edit.failed
+        for one, other in zip(again.deltas, edit.deltas, strict=True):
+            assert torch.equal(one.neurons, other.neurons) and torch.equal(one.hidden, other.hidden)
+
+
 @pytest.mark.kind("ambient-state", own=True)
 def test_a_compiled_module_is_refused(lm):
     lm.blocks[1].mlp.compile(backend="eager")

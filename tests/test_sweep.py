@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -291,12 +292,8 @@ SPOILT = [  # editor, case, what the record says
     ("context", one_case(near_the_end(40)), "with the new fact stated before it.* the context of tiny-gpt2 is 64"),
     ("fine-tuning", one_case(near_the_end(70)), "the context of tiny-gpt2 is 64"),
     ("neurons", one_case(near_the_end(70)), "the context of tiny-gpt2 is 64"),
-    ("rome-identity", one_case(near_the_end(9), Query("the " * 70 + "cat", "is")), "context of tiny-gpt2 is 64"),
-    (
-        "rome-identity",
-        one_case(Query("the capital of France is in", "Paris", "France", "Rome")),
-        "'Rome' is not in the",
-    ),
+    ("context", one_case(near_the_end(9), Query("the " * 60 + "cat", "is")), "before it.* context of tiny-gpt2 is 64"),
+    ("rome-identity", one_case(near_the_end(9), Query("the cat is in", "Spain", "", "Rome")), "'Rome' is not in the"),
 ]
 
 
@@ -720,19 +717,15 @@ def test_closed_streams_are_no_files_of_ours(tmp_path):
 
 
 @pytest.mark.kind("raw-errors", own=True)
-@pytest.mark.parametrize("moment", ["write", "flush"])
-def test_a_stream_that_takes_nothing_is_named(moment, capsys, monkeypatch):
-    class Full:
-        def write(self, text):
-            if moment == "write":
-                raise OSError(28, "No space left on device")
-
-        def flush(self):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sys, "stdout", Full())
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("buffering", [1, -1])  # found when a line is printed, and when all is
+def test_a_stream_that_takes_nothing_is_named(buffering, capsys, monkeypatch):
+    full = open("/dev/full", "w", buffering=buffering, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", full)
     assert __main__.main(["cache"]) == 1
-    assert "'standard output'; free some space" in capsys.readouterr().err
+    assert "No space left on device: 'standard output'; free some space" in capsys.readouterr().err
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 @pytest.mark.kind("raw-errors", own=True)
