@@ -33,6 +33,8 @@ from kncore.stored import visible
 VERDICTS = ("supported", "contradicted", "inconclusive")
 DECIDING = ("torch", "transformers")  # the packages whose version decides a number
 EARLIER = {"family": next(iter(arch.SPECS)), "data": {}}  # what records of earlier versions lack: they are stale
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim and its rule.
