@@ -687,6 +687,21 @@ def test_a_kernel_that_is_not_installed_is_named(toy, monkeypatch):
         pipeline.run(toy)
 
 
+@pytest.mark.kind("raw-errors", own=True)
+@pytest.mark.parametrize("said", ["died before replying to kernel_info", "didn't respond in 600 seconds"])
+def test_a_kernel_that_does_not_start_is_no_fault_of_ours(toy, monkeypatch, capsys, said):
+    import papermill
+
+    def execute(*_, **__):
+        raise RuntimeError(f"Kernel {said}")
+
+    monkeypatch.chdir(toy)
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    assert __main__.main(["run"]) == 1
+    error = capsys.readouterr().err
+    assert f"its kernel did not start (Kernel {said})" in error and "fault of kncore" not in error
+
+
 # ------------------------------------------------------------------------------- what is typed
 
 
