@@ -37,8 +37,8 @@ class Estimate(namedtuple("Estimate", "value low high n")):
         nothing = n == 0 and all(map(math.isnan, (value, low, high)))
         if not nothing and (not math.isfinite(value) or math.isnan(low) or math.isnan(high)):
             raise ValueError(f"the estimate {(value, low, high)} of {n} units is not a number with its interval")
-        if low > high or low == math.inf or high == -math.inf:
-            raise ValueError(f"the interval of an estimate cannot go from {low:g} up to {high:g}; check its ends")
+        if low > high:
+            raise ValueError(f"the interval of an estimate goes from {low:g} up to {high:g}; its ends are exchanged")
         return super().__new__(cls, value, low, high, n)
 
     @classmethod
