@@ -2,24 +2,25 @@
 
 From the ground floor up; a module imports from the floors below its own only.
 
-1. `arch` architecture as data · `checks` arguments that are numbers or lists · `stats` estimates, intervals ·
-   `resources` data files, and which were read · `tasks` queries and facts · `stored` notebooks at rest · `disk` files
-   written whole and sealed · `fingerprint` the code that decided a result · `state` of a model and of the process:
-   content, settings from outside, one thread at a time · `bound` a process that ends with its parent
-2. `checkpoint` folders of models, checked · `models` names and loading · `grammar` minimal pairs · `words` nouns, plain
-   prose, frequencies · `runs` kept apart, and published whole
-3. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
-4. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores ·
+1. `arch` architecture as data · `checks` arguments that are numbers or lists · `resources` data files, and which were
+   read · `stored` notebooks at rest · `disk` files written whole and sealed · `fingerprint` the code that decided a
+   result · `state` of a model and of the process: content, settings from outside, one thread at a time · `bound` a
+   process that ends with its parent
+2. `checkpoint` folders of models, checked · `stats` estimates, intervals · `tasks` queries and facts · `runs` kept
+   apart, and published whole
+3. `models` names and loading · `grammar` minimal pairs · `words` nouns, plain prose, frequencies
+4. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
+5. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores ·
    `cases` what is asked after an edit · `editing` requests and settings of editors
-5. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons ·
+6. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons ·
    `effects` of many edits · `covariance` of keys · `corpus` sentences whose every count is known
-6. `tracing` of causes · `rome`, `memit`, `finetune`: what an edit of weights is
-7. `editors` by name, and their store
-8. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables · `looking` into them
-9. `pipeline` notebooks run and stored · `reference` the docstrings as a page
-10. `pages` what the records say, as Markdown · `sweep` many prompts, in shards
-11. `door` what stands at the end of each page and may be taken away
-12. `book` rendered; the command line `python -m kncore`
+7. `tracing` of causes · `rome`, `memit`, `finetune`: what an edit of weights is
+8. `editors` by name, and their store
+9. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables · `looking` into them
+10. `pipeline` notebooks run and stored · `reference` the docstrings as a page
+11. `pages` what the records say, as Markdown · `sweep` many prompts, in shards
+12. `door` what stands at the end of each page and may be taken away
+13. `book` rendered; the command line `python -m kncore`
 """
 
 from kncore.attribution import Attribution, attribute

@@ -11,15 +11,22 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-if TYPE_CHECKING:
-    from kncore.models import LM
+
+class Loaded(Protocol):
+    """What is used of a model here; `kncore.models.LM` is one."""
+
+    name: str
+    model: nn.Module
+    session: Session
+    device: torch.device
+
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(name for name in vars(nn_module) if name.startswith("_global_") and name.endswith("_hooks"))
@@ -125,7 +132,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def pinned(lm: LM, grad: bool | None = None) -> Iterator[None]:
+def pinned(lm: Loaded, grad: bool | None = None) -> Iterator[None]:
     """Compute in one thread, in evaluation mode, and without what PyTorch was set to outside: autocast, default dtype
     and device, the precision of float32 products; with gradients switched on or off if `grad` says so.
 
