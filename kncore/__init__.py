@@ -10,9 +10,9 @@ From the ground floor up; a module imports from the floors below its own only.
    apart, and published whole
 3. `models` names and loading · `grammar` minimal pairs · `words` nouns, plain prose, frequencies
 4. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
-5. `replay` the engine: capture and replay · `interventions` neurons and weights changed · `cache` the store of scores ·
+5. `replay` the engine: capture and replay · `neurons` knowledge neurons · `cache` the store of scores ·
    `cases` what is asked after an edit · `editing` requests and settings of editors
-6. `attribution` integrated gradients · `predictions` what the model says and knows · `neurons` knowledge neurons ·
+6. `attribution` integrated gradients · `predictions` what the model says and knows · `interventions` in models ·
    `effects` of many edits · `covariance` of keys · `corpus` sentences whose every count is known
 7. `tracing` of causes · `rome`, `memit`, `finetune`: what an edit of weights is
 8. `editors` by name, and their store

@@ -672,7 +672,7 @@ def _settings(told: Mapping, notebook: Path | None) -> Iterator[tuple[str, objec
     yield "dtype", told["dtype"], str(models.place("cpu")[1]).removeprefix("torch.")
     recorded = {"seed": told["seed"], "source": told["source"], **told["parameters"]}
     defaults = _defaults(notebook, notebook.stat().st_mtime_ns) if notebook else {}
-    for name in recorded.keys() & defaults.keys():
+    for name in (recorded.keys() & defaults.keys()) - {"n"}:  # a claim may be recorded of fewer units than its chapter
         yield f"{name} =", recorded[name], defaults[name]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -105,8 +105,8 @@ def _defined(definition: Definition) -> tuple[str, tuple[Definition, ...]]:
 
 def _live(definition: Definition) -> str:
     """What stands in the place of a definition now, where that is not what its source says: data, or other code."""
-    module = sys.modules.get(f"{PACKAGE}.{definition.module}")
-    if module is None or not hasattr(module, definition.name):
+    module = importlib.import_module(f"{PACKAGE}.{definition.module}")  # the answer must not depend on what is loaded
+    if not hasattr(module, definition.name):
         return ""
     node, value = _table(definition.module)[definition.name][-1], getattr(module, definition.name)
     if isinstance(node, ast.ClassDef):

@@ -404,7 +404,6 @@ def test_a_record_with_other_settings_than_its_chapter_has_is_stale(results, tmp
     monkeypatch.chdir(checkout(tmp_path / "book", *CELLS).parent.parent)
     record("fact-has-neurons", LM, CLEAR, seed=1, source="public", n=5)
     assert sorted(claims.stale(read(results)[0])) == [
-        "recorded with n = 5, it is 7 now",
         "recorded with seed = 1, it is 0 now",
         "recorded with source = public, it is own now",
     ]
