@@ -67,9 +67,9 @@ class Claim:
 
     def verdict(self, estimate: Estimate) -> str:
         """`supported`, `contradicted` or `inconclusive`. Raises ValueError for an estimate that is not a number."""
-        if any(map(math.isnan, estimate)):
-            raise ValueError(f"claim {self.id!r}: the estimate {tuple(estimate)} is not a number")
-        _, low, high, n = estimate
+        value, low, high, n = estimate
+        if any(map(math.isnan, estimate)) or math.isinf(value) or low == math.inf or high == -math.inf:
+            raise ValueError(f"claim {self.id!r}: the estimate {tuple(estimate)} is not a number with its interval")
         if n < self.min_n:
             return "inconclusive"
         t = self.threshold

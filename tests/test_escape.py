@@ -243,7 +243,7 @@ def test_a_crafted_record_is_shown_as_text_on_every_page(root, text, crafted):  
         ({"n": -1}, "got -1"),
         ({"source": ["own"]}, "its source is ['own'], and text"),
         ({"versions": {"kncore": 1}}, "versions"),
-        pytest.param({"low": 0.5, "high": 0.1}, "is not within its interval", marks=OWN),
+        pytest.param({"low": 0.5, "high": 0.1}, "its ends are exchanged", marks=OWN),
         pytest.param({"value": float("nan")}, "not JSON compliant", marks=OWN),
         pytest.param({"high": float("inf")}, "not JSON compliant", marks=OWN),
         pytest.param({"value": 10**400}, "its value is 1000", marks=OWN),

@@ -135,7 +135,7 @@ def look() -> looking.Look:
 
 def test_one_output_carries_the_picture_and_the_specification_and_the_figure_is_not_drawn_again():
     shown = look()
-    data, metadata = InteractiveShell.instance().display_formatter.format(shown)
+    data, metadata = InteractiveShell().display_formatter.format(shown)
     assert set(data) == {"image/svg+xml", looking.MIME, "text/plain"} and not metadata
     assert data["image/svg+xml"].startswith("<?xml") and data[looking.MIME] == SPECS["trace"]
     assert figures.plt.get_fignums() == []

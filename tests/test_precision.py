@@ -110,7 +110,9 @@ def test_traces_in_half_precision_are_those_of_float32_to_their_rounding(family,
     (truth,) = tracing.trace(tiny.lm(family), QUERIES[:1], store=False)
     assert found.restored.dtype == torch.float32
     assert apart(found.restored[..., 0], truth.restored[..., 0]) < 2 * SCORES[dtype]
-    assert apart(found.effects, truth.effects) < 4 * SCORES[dtype]
+    # An effect is a small difference of two readings: its rounding is that of the readings.
+    wrong = (found.effects - truth.effects).double().norm() / truth.restored.double().norm()
+    assert wrong < 2 * SCORES[dtype]
 
 
 @both
