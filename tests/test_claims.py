@@ -73,6 +73,14 @@ def test_no_verdict_on_what_is_not_a_number(place):
             claim.verdict(Estimate(*[float("nan")] * 3, 0))
 
 
+@pytest.mark.parametrize("end", [math.inf, -math.inf])
+@pytest.mark.kind("not-a-number", own=True)
+def test_no_verdict_on_an_interval_that_lies_beyond_all_numbers(end):
+    for claim in (ABOVE, WITHIN):
+        with pytest.raises(ValueError, match=f"claim '{claim.id}'.*not a number with its interval"):
+            claim.verdict(Estimate(0.8, end, end, 99))
+
+
 def test_rules_in_words_name_threshold_and_n():
     assert ABOVE.rule == (
         "supported if the whole 95 % interval lies above 0.5, contradicted if it lies below 0.5, "
