@@ -509,7 +509,8 @@ def _ran() -> tuple[str, ...] | None:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is None:
         return None
-    return tuple(dict.fromkeys(cell for cell in shell.user_ns["In"] if not cell.startswith("# Parameters")))
+    cells = tuple(dict.fromkeys(cell for cell in shell.user_ns["In"] if not cell.startswith("# Parameters")))
+    return cells if any(cells) else None  # matplotlib makes a shell of its own where there is no notebook
 
 
 @functools.lru_cache(maxsize=256)

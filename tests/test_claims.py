@@ -4,8 +4,10 @@ import json
 import math
 import re
 import shutil
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -405,6 +407,18 @@ def test_a_record_carries_the_closure_of_its_notebook_up_to_its_cell(results, tm
     assert after(CELLS[0], CELLS[1].replace("40", "41"), *CELLS[2:]) == [changed, changed]
     monkeypatch.setattr(stats, "mean", lambda *x: None)
     assert after(*CELLS) == [[], changed]
+
+
+@pytest.mark.kind("identity", own=True)
+def test_a_shell_that_has_run_nothing_is_no_notebook(results, monkeypatch):
+    """As figures leave one behind in a script."""
+    shell = SimpleNamespace(user_ns={"In": [""]})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    put()
+    assert [claims.stale(record) for record in read(results)] == [[]]
+    shell.user_ns["In"].append("x = 1")
+    put()
+    assert [claims.stale(record) for record in read(results)] == [["the code has changed since"]]
 
 
 @pytest.mark.kind("identity")
