@@ -63,9 +63,10 @@ notebooks: $(STAMP)  ## for maintainers: refresh the stored notebooks and record
 	$(PY) -m kncore run $(if $(MODEL),--model $(MODEL))
 	$(PY) -m kncore readme
 
-lint: $(STAMP)  ## ruff, check and format
+lint: $(STAMP)  ## ruff, check and format; imports go one way
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports --no-cache
 
 audit: $(STAMP)  ## look up known weaknesses of the locked packages; where that cannot be asked, say so and go on
 	@rm -rf _build/audit && mkdir -p _build/audit

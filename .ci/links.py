@@ -21,7 +21,7 @@ GONE = (404, 410)
 
 
 def addresses(folder: Path) -> dict[str, list[str]]:
-    """The addresses on other hosts, each with the pages that link to it."""
+    """Return the addresses on other hosts, each with the pages that link to it."""
     found: dict[str, list[str]] = {}
     for page in sorted(folder.rglob("*.html")):
         if "_static" in page.relative_to(folder).parts:
@@ -33,7 +33,7 @@ def addresses(folder: Path) -> dict[str, list[str]]:
 
 
 def ask(address: str, timeout: float = 20, tries: int = 3, pause: float = 5) -> str:
-    """What an address says: nothing if it answers, "gone: why" if it leads nowhere, or what kept it from it."""
+    """Return what an address says: "" if it answers, "gone: why" if it leads nowhere, or what kept it from that."""
     said = ""
     for attempt in range(tries):
         time.sleep(pause * attempt)
@@ -50,14 +50,15 @@ def ask(address: str, timeout: float = 20, tries: int = 3, pause: float = 5) -> 
 
 
 def main(folder: Path) -> int:
-    """1 if an address is gone."""
+    """Print what the addresses say; return 1 if one is gone."""
     found = addresses(folder)
     with ThreadPoolExecutor(8) as pool:
-        told = {address: said for address, said in zip(found, pool.map(ask, found), strict=True) if said}
-    for address, said in sorted(told.items(), key=lambda pair: not pair[1].startswith("gone")):
+        noted = {address: said for address, said in zip(found, pool.map(ask, found), strict=True) if said}
+    gone = [address for address, said in noted.items() if said.startswith("gone")]
+    for address, said in sorted(noted.items(), key=lambda pair: pair[0] not in gone):
         print(f"{address}: {said} (on {', '.join(sorted(set(found[address]))[:3])})")
-    print(f"{len(found)} addresses, {sum(said.startswith('gone') for said in told.values())} gone, {len(told)} noted")
-    return int(any(said.startswith("gone") for said in told.values()))
+    print(f"{len(found)} addresses, {len(gone)} gone, {len(noted)} noted")
+    return int(bool(gone))
 
 
 if __name__ == "__main__":

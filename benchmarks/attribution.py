@@ -6,15 +6,12 @@ in one process, on the same prompts; attribution scores are neither looked up no
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import platform
 import random
 import re
-import resource
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,22 +20,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import naive
+import report
+import scale
 import torch
 import transformers
 from jaxtyping import Float
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from report import timed
+from torch import Tensor
 
 import kncore
 from kncore import arch, attribution, tokens
 from kncore.models import LM
-from kncore.pipeline import write
+from kncore.query import Query
 from kncore.replay import Change, capture, replay
-from kncore.tasks import Query
+from knpaper import grammar, tasks
 
 RULES = {  # options of kncore.attribute, by the name that the tables give to the scores
     "20 Riemann": {"quadrature": "riemann", "steps": 20},
-    "20 Riemann, published site": {"quadrature": "riemann", "steps": 20, "site": "authors"},
+    "20 Riemann, published site": {"quadrature": "riemann", "steps": 20, "site": "published"},
     "20 Gauss-Legendre": {"steps": 20},
     "96 Gauss-Legendre": {"steps": 96},
     "default": {},
@@ -74,35 +73,27 @@ def ours(lm: LM, scores: str, prompts: int = 1, turns: int = 1) -> Method:
     return Method("kncore", scores, lm, partial(kncore.attribute, lm, store=False, **RULES[scores]), prompts, turns)
 
 
-def equation(lm: LM) -> Method:
-    rule = attribution.rule("riemann", 20)
-    return Method("naive", RIEMANN, lm, lambda queries: naive.attribution(lm, tokens.encode(lm, queries[0]), *rule))
-
-
 def captum(lm: LM) -> Method:
     from captum.attr import LayerIntegratedGradients
 
     def block_scores(block, encoded):
         # captum's path runs from the layer's state for a baseline *input* to its state for the input. With this switch
         # as the input, the baseline silences the neurons at the target position and no others.
-        projection = arch.module_at(block, lm.spec.sites["neuron"].path, "neuron site")
-        switch = []
+        site, switch = lm.spec.sites["neuron"], []
 
-        def silence(module, args):
-            at = torch.ones(len(args[0]), len(encoded.ids), 1)
+        def silence(state):
+            at = torch.ones(len(state), len(encoded.ids), 1)
             at[:, encoded.position] = switch[-1]
-            return (args[0] * at,)
+            return state * at
 
         def probability(on, ids):
             switch.append(on)
             return lm.model(ids).logits[:, encoded.position].softmax(-1)[:, encoded.target[0]]
 
-        handle = projection.register_forward_pre_hook(silence)
-        on, off, ids = torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([encoded.ids])
-        scores = LayerIntegratedGradients(probability, projection).attribute(
-            on, off, additional_forward_args=ids, n_steps=20, attribute_to_layer_input=True
-        )
-        handle.remove()
+        integrated = LayerIntegratedGradients(probability, arch.module_at(block, site.path, "neuron site"))
+        options = {"additional_forward_args": torch.tensor([encoded.ids]), "attribute_to_layer_input": True}
+        with arch.at_site(block, site, silence):
+            scores = integrated.attribute(torch.ones(1, 1), torch.zeros(1, 1), n_steps=20, **options)
         return scores[0, encoded.position].detach()
 
     def run(queries):
@@ -148,40 +139,27 @@ def random_gpt2(like: LM) -> LM:
 def work(method: Method, length: int, nodes: Float[Tensor, " block"] | None) -> float:
     """GFLOP per prompt: two for each weight of a linear layer that a position passes forward, two backward.
 
-    Naive and the peers pass all blocks at all positions for each node; kncore the blocks from the change upwards, at
-    one position, for each node and each end of a panel, after one pass of the prompt. All go backward to the change.
+    Naive and the peers, which have no `nodes`, pass all blocks at all positions for each of 20, and go backward to the
+    change; kncore does what `scale.work` counts.
     """
-    lm, count = method.lm, len(method.lm.blocks)
-    linear = [module.weight.numel() for module in lm.blocks[0].modules() if isinstance(module, nn.Linear | Conv1D)]
-    values = arch.value_vectors(lm.model, lm.spec, 0)
-    block, projection, head = sum(linear), values.numel(), values.shape[1] * lm.model.config.vocab_size
-    above = torch.arange(count).flip(0).double()
-    back = above * block + projection + head
-    if nodes is None:
-        return 2e-9 * length * float(((20 + method.extra) * (count * block + head) + 20 * back).sum())
-    ends = torch.ones(count)
-    if method.scores == DEFAULT:
-        ends += (nodes / attribution.PANEL_NODES - 1) / attribution.SPLIT * (attribution.SPLIT - 1)
-    rows = (nodes + ends) * ((above + 1) * block + head) + nodes * back
-    return 2e-9 * (length * count * block + head + float(rows.sum()))
-
-
-def clock(run: Callable):
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
+    size = scale.size(method.lm.model.config)
+    if nodes is not None:
+        return scale.work(size, length, nodes, scale.ends(nodes) if method.scores == DEFAULT else 1)
+    forward = (20 + method.extra) * (size.blocks * size.block + size.head)
+    backward = [20 * (above * size.block + size.projection + size.head) for above in range(size.blocks)]
+    return 2e-9 * length * float(size.blocks * forward + sum(backward))
 
 
 def peak() -> float:
     """GFLOP per second of a matrix product of 2048³, best of eight."""
     a, b = torch.randn(2, 2048, 2048)
-    return 2e-9 * 2048**3 / min(clock(lambda: torch.mm(a, b))[0] for _ in range(8))
+    return 2e-9 * 2048**3 / min(timed(torch.mm, a, b)[0] for _ in range(8))
 
 
 def prompts_of(lm: LM, length: int, n: int) -> list[Query]:
     """`n` of the project's own queries with `length` tokens and a target of one token."""
-    pool = [query for relation in kncore.relations() for query in kncore.facts(relation)]
-    pool += [query for phenomenon in kncore.phenomena() for query in kncore.minimal_pairs(phenomenon)]
+    pool = [query for relation in tasks.relations() for query in tasks.facts(relation)]
+    pool += [query for phenomenon in grammar.phenomena() for query in grammar.minimal_pairs(phenomenon)]
     random.Random(0).shuffle(pool)
     found = {}
     for query in [FIRST.get(length, pool[0]), *pool]:
@@ -199,7 +177,7 @@ def measure(methods: Sequence[Method], queries: list[Query], length: int) -> dic
     for turn in range(max(method.turns for method in methods)):
         for method in (m for m in methods if turn < m.turns):
             batch = queries[: method.prompts]
-            seconds, result = clock(lambda method=method, batch=batch: method.run(batch))
+            seconds, result = timed(method.run, batch)
             seconds = min([seconds / len(batch), *([out[method].seconds] if turn else [])])
             whole = isinstance(result, Tensor)
             scores, nodes = (result, None) if whole else (result.scores[0], result.nodes.double().mean(0))
@@ -254,8 +232,7 @@ def errors(lm: LM, query: Query) -> tuple[list[list[str]], float, Tensor]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = [":--", ":--", *["--:"] * (len(header) - 2)]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
+    text = report.table(header, rows, left=2)
     return re.sub(r"(?<=\de)-(?=\d)", "\u2011", text)  # a hyphen at which no browser breaks a line
 
 
@@ -266,16 +243,17 @@ def machine() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="a LLaMA-type model, as for kncore.load")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[5, 8, 12], help="prompt lengths in tokens")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="the first is used at all lengths")
-    parser.add_argument("--batch", type=int, default=8, help="prompts at once in the batched rows")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of kncore with one prompt; the others have one")
+def arguments():
+    parser = report.parser(
+        __doc__,
+        model=("smollm2-135m", "a LLaMA-type model, as for kncore.load"),
+        lengths=([5, 8, 12], "prompt lengths in tokens"),
+        threads=([2, 1], "the first is used at all lengths"),
+        batch=(8, "prompts at once in the batched rows"),
+        repeats=(3, "turns of kncore with one prompt; the others have one"),
+    )
     parser.add_argument("--blocks", type=int, help="keep only the lowest blocks of the model")
     parser.add_argument("--authors", type=Path, help="a checkout of github.com/frankniujc/kn_thesis")
-    parser.add_argument("--out", type=Path, help="file to write the tables to")
     parser.add_argument("--quick", action="store_true", help="smoke test: 2 blocks, 5 tokens, 1 thread, 1 turn")
     args = parser.parse_args()
     if args.quick:
@@ -283,10 +261,19 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def rounding(lm: kncore.LM, query: kncore.Query, steps: int = 4) -> str:
-    """How far naive and kncore are from the same scores in float64, in words: whose rounding a difference is."""
-    exact, found = kncore.load(lm.name, dtype=torch.float64), []
-    for site in ("neuron", "authors"):
+def loaded(args, **options) -> LM:
+    """The model, cut to the lowest blocks where that is wanted."""
+    lm = kncore.load(args.model, **options)
+    if args.blocks:
+        del lm.blocks[args.blocks :]
+        lm.model.config.num_hidden_layers = len(lm.blocks)
+    return lm
+
+
+def rounding(lm: LM, exact: LM, query: Query, steps: int = 4) -> str:
+    """How far naive and kncore are from the scores of the same model in float64, in words: whose rounding it is."""
+    found = []
+    for site in ("neuron", "published"):
         options = {"quadrature": "riemann", "steps": steps, "site": site, "store": False}
         truth, got = (kncore.attribute(model, [query], **options).scores[0] for model in (exact, lm))
         plain = naive.attribution(lm, tokens.encode(lm, query), *attribution.rule("riemann", steps), site)
@@ -297,31 +284,38 @@ def rounding(lm: kncore.LM, query: kncore.Query, steps: int = 4) -> str:
     )
 
 
-def main() -> None:
-    args = arguments()
-    lm = kncore.load(args.model)
-    if args.blocks:
-        del lm.blocks[args.blocks :]
-        lm.model.config.num_hidden_layers = len(lm.blocks)
-    gpt2, absent = random_gpt2(lm), []
+def lineup(args, lm: LM, gpt2: LM) -> tuple[list[Method], list[list[str]]]:
+    """The methods, and a row for each peer that cannot be run."""
+    rule, absent = attribution.rule("riemann", 20), []
+    methods = [
+        Method("naive", RIEMANN, lm, lambda queries: naive.attribution(lm, tokens.encode(lm, queries[0]), *rule))
+    ]
 
-    def peer(name: str, build: Callable[[], Method]) -> list[Method]:
+    def peer(name: str, build: Callable, *arguments) -> None:
         try:
-            return [build()]
+            methods.append(build(*arguments))
         except ImportError as error:
             absent.append([name, f"not run: {error}"])
-            return []
 
-    first, one = args.threads[0], {"turns": args.repeats}
-    methods = [
-        equation(lm),
-        *peer("captum", lambda: captum(lm)),
-        *peer("published code", lambda: published(lm, args.authors)),
-        *(ours(lm, scores, **one) for scores in (PUBLISHED, RIEMANN, DEFAULT)),
-        *(ours(lm, scores, args.batch) for scores in (RIEMANN, DEFAULT)),
-        *peer("knowledge-neurons", lambda: package("knowledge-neurons", gpt2, "knowledge_neurons")),
-        ours(gpt2, PUBLISHED, **one),
-    ]
+    peer("captum", captum, lm)
+    peer("published code", published, lm, args.authors)
+    methods.extend(ours(lm, scores, turns=args.repeats) for scores in (PUBLISHED, RIEMANN, DEFAULT))
+    methods.extend(ours(lm, scores, args.batch) for scores in (RIEMANN, DEFAULT))
+    peer("knowledge-neurons", package, "knowledge-neurons", gpt2, "knowledge_neurons")
+    return [*methods, ours(gpt2, PUBLISHED, turns=args.repeats)], absent
+
+
+class Findings(NamedTuple):
+    results: dict[tuple[int, int], dict[Method, Result]]  # by threads and prompt length
+    peaks: dict[int, float]  # GFLOP per second, by threads
+    off: dict[Method, float]  # largest difference to kncore with one prompt
+    errors: list[list[str]]
+    moved: float
+
+
+def compare(args, lm: LM, gpt2: LM, methods: Sequence[Method]) -> Findings:
+    """Time the methods in each setting: all of them with the first number of threads, a few with the others."""
+    first = args.threads[0]
     few = [m for m in methods if m.lm is lm and m.name in ("naive", "kncore") and m.prompts == 1]
     settings = [(first, length) for length in sorted(args.lengths)] + [(n, min(args.lengths)) for n in args.threads[1:]]
     results, peaks, off, wrong, moved = {}, {}, {}, [], 0.0
@@ -342,52 +336,64 @@ def main() -> None:
                 if scores is not wanted:
                     off[method] = max(largest(scores, wanted), off.get(method, 0.0))
     torch.set_num_threads(first)
-    rounded = rounding(lm, prompts_of(lm, min(args.lengths), 1)[0])
+    return Findings(results, peaks, off, wrong, moved)
 
-    names = {n: f"{n} thread{'s' if n > 1 else ''}" for n in args.threads}
-    columns = ["implementation", "scores", "prompts", *(f"{length} tokens, {names[n]}" for n, length in settings)]
-    rows = {"seconds": [], "random": [], "work": []}
+
+def cells(methods: Sequence[Method], found: Findings) -> tuple[dict[bool, list[list[str]]], list[list[str]]]:
+    """Rows of the tables of seconds (of the model: True; of the GPT-2 with random weights: False), and of work."""
+    seconds, work = {True: [], False: []}, []
     for method in methods:
-        base, cells = next(m for m in methods if m.lm is method.lm), {"seconds": [], "work": []}
-        for setting in settings:
-            got, slow = (results[setting].get(m) for m in (method, base))
+        base, own = next(m for m in methods if m.lm is method.lm), method.lm is methods[0].lm
+        start = [method.scores, str(method.prompts)]
+        times, shares = [method.name, *start], [method.name + ("" if own else " (GPT-2)"), *start]
+        for (threads, _), results in found.results.items():
+            got, slow = results.get(method), results.get(base)
             ratio = f" ({slow.seconds / got.seconds:.3g}×)" if got and method is not base else ""
-            share = got and got.gflop / got.seconds / peaks[setting[0]]
-            cells["seconds"].append(f"{got.seconds:.3g}{ratio}" if got else "–")
-            cells["work"].append(f"{got.gflop:.0f} ({share:.0%})" if got else "–")
-        start = [method.name, method.scores, str(method.prompts)]
-        cells["seconds"].append(f"{off[method]:.0e}" if method in off else "–")
-        rows["seconds" if method.lm is lm else "random"].append([*start, *cells["seconds"]])
-        start[0] += "" if method.lm is lm else " (GPT-2)"
-        rows["work"].append([*start, *cells["work"]])
-    rows["seconds"] += [[*row, *["–"] * (len(columns) - 1)] for row in absent]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+            times.append(f"{got.seconds:.3g}{ratio}" if got else "–")
+            shares.append(f"{got.gflop:.0f} ({got.gflop / got.seconds / found.peaks[threads]:.0%})" if got else "–")
+        seconds[own].append([*times, f"{found.off[method]:.0e}" if method in found.off else "–"])
+        work.append(shares)
+    return seconds, work
+
+
+def main() -> None:
+    args = arguments()
+    lm = loaded(args)
+    gpt2 = random_gpt2(lm)
+    methods, absent = lineup(args, lm, gpt2)
+    found = compare(args, lm, gpt2, methods)
+    rounded = rounding(lm, loaded(args, dtype=torch.float64), prompts_of(lm, min(args.lengths), 1)[0])
+    seconds, work = cells(methods, found)
+    names = {n: f"{n} thread{'s' if n > 1 else ''}" for n in args.threads}
+    settings = [f"{length} tokens, {names[threads]}" for threads, length in found.results]
+    columns = ["implementation", "scores", "prompts", *settings]
+    absent = [[*row, *["–"] * (len(columns) - 1)] for row in absent]
+    peaks = ", ".join(f"{found.peaks[n]:.0f} GFLOP/s with {names[n]}" for n in args.threads)
     text = f"""\
 {machine()}, torch {torch.__version__}, transformers {transformers.__version__}, float32. Peak (product of 2048³):
-{", ".join(f"{peaks[n]:.0f} GFLOP/s with {names[n]}" for n in args.threads)}. Model: {lm.name}, revision {lm.revision},
+{peaks}. Model: {lm.name}, revision {lm.revision},
 {len(lm.blocks)} blocks. kncore with one prompt: best of {args.repeats}; all else: one run. Peak memory of the process:
-{memory:.1f} GiB.
+{report.most_memory():.1f} GiB.
 
 **Seconds per prompt**, and in brackets how many times faster than the first row. *Difference*: the largest difference
 to kncore with one prompt, at the same nodes and site, as a share of the largest score.
 
-{table([*columns, "difference"], rows["seconds"])}
+{table([*columns, "difference"], [*seconds[True], *absent])}
 On a GPT-2 of the same size with random weights:
 
-{table([*columns, "difference"], rows["random"])}
+{table([*columns, "difference"], seconds[False])}
 {rounded}
 
 **Work**: GFLOP per prompt, and in brackets the share of the peak.
 
-{table(columns, rows["work"])}
+{table(columns, work)}
 **Error of the quadrature**: relative Euclidean distance of a block's scores from those of two other rules, on block 0 /
 on the worst other block. *Panels*: 8 Gauss-Legendre nodes on each of 133 fixed panels on block 0, of 8 panels on the
-others; with 6 nodes a panel, the scores of block 0 move by at most {moved:.0e}. *Flat*: 96 nodes on the whole path.
+others; with 6 nodes a panel, the scores of block 0 move by at most {found.moved:.0e}. *Flat*: 96 nodes on the whole
+path.
 
-{table(["prompt", "scores", "nodes", "from panels", "from flat"], wrong)}"""
-    print(text)
-    if args.out:
-        write(args.out, text)
+{table(["prompt", "scores", "nodes", "from panels", "from flat"], found.errors)}"""
+    report.show(text, args.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Count the tests of the kinds of input that once gave a silently wrong result or a raw error.
 
-    python benchmarks/kinds.py [--out FILE]
-
 Prints a table in Markdown: the kinds of kinds.toml, each with the number of tests that are marked with it. Nothing is
 run: the tests are collected, and one with several inputs counts once for each. As a plugin of pytest (`-p kinds`) this
 module prints what was collected.
@@ -9,16 +7,17 @@ module prints what was collected.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = tomllib.loads(Path(__file__).with_name("kinds.toml").read_text(encoding="utf-8"))
@@ -58,40 +57,27 @@ def counts(collected: Iterable[Mapping]) -> dict[str, tuple[int, int]]:
 
     Raises ValueError for a kind that kinds.toml does not have, and for one without a test.
     """
-    found = {slug: [0, 0] for slug in KINDS}
-    for test in collected:
-        for slug in {slug for slug, _ in test["kinds"]}:
-            if slug not in found:
-                raise ValueError(f"a test has the kind {slug!r}, which is not in benchmarks/kinds.toml; add it there")
-            found[slug][0] += 1
-            found[slug][1] += [slug, True] in [list(marked) for marked in test["kinds"]]
-    if bare := [slug for slug, (tests, _) in found.items() if not tests]:
+    marks = [{tuple(marked) for marked in test["kinds"]} for test in collected]
+    tests = Counter(slug for marked in marks for slug in {slug for slug, _ in marked})
+    owned = Counter(slug for marked in marks for slug, own in marked if own)
+    if strange := tests.keys() - KINDS:
+        raise ValueError(f"a test has the kind {min(strange)!r}, which is not in benchmarks/kinds.toml; add it there")
+    if bare := [slug for slug in KINDS if not tests[slug]]:
         raise ValueError(f"no test is marked with {', '.join(bare)}: mark one, or take the kind out of kinds.toml")
-    return {slug: (tests, own) for slug, (tests, own) in found.items()}
+    return {slug: (tests[slug], owned[slug]) for slug in KINDS}
 
 
 def table(found: Mapping[str, tuple[int, int]]) -> str:
     """The counts as a table in Markdown, with their sums."""
-    lines = [
-        "| What is given | seen in | what happens | tests | of these, own inputs |",
-        "| --- | --- | --- | --: | --: |",
-    ]
-    for slug, words in KINDS.items():
-        tests, own = found[slug]
-        lines.append(f"| {words['kind']} | {words['seen']} | {words['now']} | {tests} | {own} |")
+    rows = [[words["kind"], words["seen"], words["now"], *found[slug]] for slug, words in KINDS.items()]
+    text = report.table(["What is given", "seen in", "what happens", "tests", "of these, own inputs"], rows, left=3)
     tests, own = (sum(column) for column in zip(*found.values(), strict=True))
-    return "\n".join([*lines, f"| **{len(found)} kinds** | | | {tests} | {own} |"]) + "\n"
+    return f"{text}| **{len(found)} kinds** | | | {tests} | {own} |\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="file for the table; without it the table is printed")
-    options = parser.parse_args()
-    text = table(counts(collect().values()))
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    options = report.parser(__doc__).parse_args()
+    report.show(table(counts(collect().values())), options.out)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,28 @@
 """Long sweeps: memory, order and batches over many attributions, and many edits stacked and undone.
 
-    python benchmarks/long.py [--model NAME] [--prompts N] [--edits N] [--out FILE]
-
 Prints a table in Markdown. Nothing is looked up or stored.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
 import hashlib
 import random
 import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from report import most_memory, parser, show, table
 
 import kncore
 from kncore.interventions import Delta
 from kncore.models import LM
-from kncore.pipeline import write
-from kncore.tasks import Query
+from kncore.query import Query
+from knpaper import grammar, tasks
 
 BATCH = 50
 RELATIONS = ("birthplace", "capital", "field_of_work", "native_language", "occupation")  # in everyone's vocabulary
@@ -50,14 +45,14 @@ def memory() -> float:
     now = Path("/proc/self/statm")
     if now.is_file():
         return int(now.read_text().split()[1]) * resource.getpagesize() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
+    return most_memory() * 2**10
 
 
 def prompts(lm: LM, n: int) -> list[Query]:
     """`n` of the project's own queries: facts, then agreement, in an order of their own."""
     form = "masked" if lm.spec.masked else "causal"
-    pool = [query for name in RELATIONS for query in kncore.facts(name)]
-    pool += [query for name in kncore.phenomena() for query in kncore.minimal_pairs(name, form=form)]
+    pool = [query for name in RELATIONS for query in tasks.facts(name)]
+    pool += [query for name in grammar.phenomena() for query in grammar.minimal_pairs(name, form=form)]
     return random.Random(0).sample(list({(q.prompt, q.target): q for q in pool}.values()), n)
 
 
@@ -74,11 +69,8 @@ def attributions(lm: LM, queries: Sequence[Query], parts: int = 5, again: int = 
     scores = torch.cat(last)[-again:]
     order = random.Random(1).sample(range(len(scores)), len(scores))
     shuffled = kncore.attribute(lm, [queries[-len(scores) :][i] for i in order], budget=97, store=False).scores
-    return Long(held, worst(shuffled, scores[order]))
-
-
-def worst(a: Float[Tensor, "query block neuron"], b: Float[Tensor, "query block neuron"]) -> float:
-    return float(((a - b).abs().amax((1, 2)) / b.abs().amax((1, 2))).max())
+    apart, largest = (x.abs().amax((1, 2)) for x in (shuffled - scores[order], scores[order]))
+    return Long(held, float((apart / largest).max()))
 
 
 def digest(lm: LM) -> str:
@@ -109,18 +101,18 @@ def stacked(lm: LM, query: Query, n: int, rounds: int = 3) -> Long:
             for level in reversed(levels):
                 wrong += digest(lm) != seen.pop()
                 level.close()
-        wrong += digest(lm) != seen.pop() or lm.touched
+        wrong += digest(lm) != seen.pop() or lm.is_modified
         held.append(memory())
     return Long(held, wrong)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="controlled-gpt2")
-    parser.add_argument("--prompts", type=int, default=1000)
-    parser.add_argument("--edits", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="file to write the table to")
-    args = parser.parse_args()
+    options = {
+        "model": ("controlled-gpt2", "as for kncore.load"),
+        "prompts": (1000, "to attribute"),
+        "edits": (200, "on one another"),
+    }
+    args = parser(__doc__, **options).parse_args()
     lm = kncore.load(args.model)
     queries = prompts(lm, args.prompts)
     before, said = digest(lm), kncore.predict(lm, queries[:50])
@@ -129,22 +121,22 @@ def main() -> None:
     if digest(lm) != before or not kncore.predict(lm, queries[:50]).equals(said):
         raise SystemExit("the model is not what it was")
     rows = [
-        [f"{args.prompts:,} prompts attributed", swept, f"{swept.apart:.0e}"],
-        [f"{args.edits} edits stacked and undone, {len(piled.memory)} times", piled, f"{piled.apart:.0f} levels"],
+        [what, ", ".join(f"{m:.0f}" for m in memory), f"{memory[-1] - memory[0]:+.0f}", apart]
+        for what, memory, apart in (
+            (f"{args.prompts:,} prompts attributed", swept.memory, f"{swept.apart:.0e}"),
+            (
+                f"{args.edits} edits stacked and undone, {len(piled.memory)} times",
+                piled.memory,
+                f"{piled.apart} levels",
+            ),
+        )
     ]
-    lines = ["| work | memory on the way, MiB | growth | apart |", "| :-- | :-- | --: | --: |"]
-    for name, found, apart in rows:
-        way = ", ".join(f"{m:.0f}" for m in found.memory)
-        lines.append(f"| {name} | {way} | {found.memory[-1] - found.memory[0]:+.0f} | {apart} |")
     text = f"""\
 {lm.name}, float32, {torch.get_num_threads()} thread(s). Afterwards every weight had the bits that it had before, and
 the model said the same.
 
-{chr(10).join(lines)}
-"""
-    print(text)
-    if args.out:
-        write(args.out, text)
+{table(["work", "memory on the way, MiB", "growth", "apart"], rows, left=2)}"""
+    show(text, args.out)
 
 
 if __name__ == "__main__":

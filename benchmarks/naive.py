@@ -18,29 +18,17 @@ from kncore.tokens import Encoded
 
 def forward(lm: LM, encoded: Encoded, block: int, site: str, change=None) -> tuple[Tensor, Tensor]:
     """Logits at the target position, and the state of a site there before `change(state) -> state` was made."""
-    where = lm.spec.sites[site]
     seen = []
 
     def swap(x):
         seen.append(x[0, encoded.position])
-        if change is None:
-            return x
-        x = x.clone()
-        x[0, encoded.position] = change(x[0, encoded.position])
+        if change is not None:
+            x = x.clone()
+            x[0, encoded.position] = change(seen[0])
         return x
 
-    def pre(module, args):
-        return (swap(args[0]), *args[1:])
-
-    def post(module, args, out):
-        return swap(out)
-
-    module = arch.module_at(lm.blocks[block], where.path, "site")
-    hook = module.register_forward_pre_hook(pre) if where.side == "input" else module.register_forward_hook(post)
-    try:
+    with arch.at_site(lm.blocks[block], lm.spec.sites[site], swap):
         logits = lm.model(torch.tensor([encoded.ids], device=lm.device)).logits[0, encoded.position]
-    finally:
-        hook.remove()
     return logits.float(), seen[0]
 
 

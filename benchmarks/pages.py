@@ -1,7 +1,5 @@
 """Measure the pages of the rendered book as a browser shows them from disk.
 
-    python benchmarks/pages.py [--out FILE]
-
 Prints a table in Markdown. *First content* is when the first text or picture was painted, after the start of loading,
 and *largest* when the largest one in sight was; *layout shift* is the sum of all shifts (0: nothing moved once it was
 painted); *weight* is what a reader fetches for this page alone: all files but those that the pages share.
@@ -9,7 +7,7 @@ painted); *weight* is what a reader fetches for this page alone: all files but t
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import os
 import shutil
 import statistics
@@ -17,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import report
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,33 +84,24 @@ def measure(browser: Browser, path: Path, repeats: int = 3) -> Mapping[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="file for the table; without it the table is printed")
+    parser = report.parser(__doc__)
     options = parser.parse_args()
     if not chromium():
         parser.exit(1, "No Chromium was found: install one, or name it in KNCORE_CHROMIUM\n")
     paths = sorted(HTML.glob("book/*.html")) + sorted(HTML.glob("notebooks/*.html"))
     if not paths:
         parser.exit(1, f"No page in {HTML}: `make book` first\n")
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        lines = [
-            f"Chromium {browser.version.split('.')[0]}, 1300 × 900, files from disk; median of three first visits.",
-            "",
-            "| page | first content, ms | largest, ms | layout shift | weight, kB |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
+    rows = []
+    with sync_playwright() as playwright, contextlib.closing(launch(playwright)) as browser:
+        about = f"Chromium {browser.version.split('.')[0]}, 1300 × 900, files from disk; median of three first visits."
         for path in paths:
-            told = measure(browser, path)
-            name = f"{path.parent.name}/{path.stem}"
-            times = f"{told['first']:.0f} | {told['largest']:.0f}"
-            lines.append(f"| {name} | {times} | {told['shift']:.3f} | {told['kB']:.0f} |")
-        browser.close()
-    text = "\n".join(lines) + "\n"
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+            found = measure(browser, path)
+            formats = {"first": ".0f", "largest": ".0f", "shift": ".3f", "kB": ".0f"}
+            rows.append(
+                [f"{path.parent.name}/{path.stem}", *(format(found[name], how) for name, how in formats.items())]
+            )
+    columns = ["page", "first content, ms", "largest, ms", "layout shift", "weight, kB"]
+    report.show(f"{about}\n\n{report.table(columns, rows)}", options.out)
 
 
 if __name__ == "__main__":

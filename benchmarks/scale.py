@@ -1,31 +1,26 @@
 """What attribution of a whole data set costs on models that do not fit here: counted, and extrapolated from what does.
 
-    python benchmarks/scale.py [--prompts N] [--out FILE]
-
 Prints a table in Markdown. Sizes of the models are those of their published configurations; no weights are loaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import resource
-import sys
-import time
-from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import transformers
+from report import most_memory, parser, show, table, timed
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import kncore
-from kncore import arch, attribution, stats, tokens
+from kncore import arch, attribution, tokens
 from kncore.models import LM
-from kncore.pipeline import write
 from kncore.replay import Change, capture, replay
 from kncore.tokens import Encoded
+from knpaper import stats, tasks
 
 PARAREL = 253_448  # prompts of 27,738 facts, as filtered by Dai et al. 2022, section 4.1
 BUDGET = 1024  # positions held at once, the default of kncore.attribute
@@ -37,6 +32,10 @@ MODELS = {
 }
 TOGETHER = 5  # prompts in one call
 STANDARD = "smollm2-135m"  # the model that is timed here
+COLUMNS = (
+    "model | TFLOP a prompt | all prompts, EFLOP | hours at 10 TFLOP/s | hours on this machine | "
+    "weights, GiB in 32 / 16 bits | held besides, GiB"
+).split(" | ")
 
 
 class Size(NamedTuple):
@@ -60,15 +59,21 @@ def size(config: transformers.PretrainedConfig) -> Size:
     return Size(whole, sum(linear), values.numel(), values.shape[1] * config.vocab_size, len(blocks))
 
 
-def work(size: Size, length: float, nodes: float, ends: float) -> float:
-    """GFLOP of one prompt of `length` tokens with so many nodes and ends of panels on each block (the cost page has
-    the equation)."""
-    count = size.blocks * (length * size.block) + size.head
-    for block in range(size.blocks):
-        above = size.blocks - 1 - block
-        count += (nodes + ends) * ((above + 1) * size.block + size.head)
-        count += nodes * (above * size.block + size.projection + size.head)
-    return 2e-9 * count
+def ends(nodes):
+    """How many ends of panels a path with so many nodes has: one, at 0, and three more for each split of a panel."""
+    return 1 + (nodes / attribution.PANEL_NODES - 1) / attribution.SPLIT * (attribution.SPLIT - 1)
+
+
+def work(size: Size, length: float, nodes, ends) -> float:
+    """GFLOP of one prompt of `length` tokens: two for each weight of a linear layer that a position passes.
+
+    After one pass of the prompt, one position passes the blocks from the change upwards, for each node and each end of
+    a panel, and goes backward to the change for each node. `nodes` and `ends`: numbers, or tensors by block.
+    """
+    above = torch.arange(size.blocks).flip(0).double()
+    forward = (nodes + ends) * ((above + 1) * size.block + size.head)
+    backward = nodes * (above * size.block + size.projection + size.head)
+    return 2e-9 * (size.blocks * length * size.block + size.head + float((forward + backward).sum()))
 
 
 def held(config: transformers.PretrainedConfig, length: int, rows: int = 8) -> tuple[float, float]:
@@ -81,107 +86,72 @@ def held(config: transformers.PretrainedConfig, length: int, rows: int = 8) -> t
         torch.manual_seed(0)
         with torch.no_grad():
             model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).eval()
-        lm = LM("", "", model.requires_grad_(False), _Padding(), arch.spec_for(config.model_type))
+        lm = LM("", "", model.requires_grad_(False), SimpleNamespace(pad_token_id=0), arch.spec_for(config.model_type))
         captured = capture(lm, [Encoded(tuple(range(5, 5 + length)), length - 1, (7,))])
         values = captured.sites["neuron"][0].expand(rows, -1).clone().requires_grad_()
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept: dict[int, int] = {}
-        alive = []  # a freed address would be counted once for two tensors
+        kept: dict[int, torch.UntypedStorage] = {}  # held, or a freed address would be counted once for two tensors
 
-        def keep(x, weights=weights, kept=kept, alive=alive):
-            where = x.untyped_storage().data_ptr()
-            if where not in weights:
-                kept[where] = x.untyped_storage().nbytes()
-                alive.append(x)
+        def keep(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             logits = replay(captured, [Change(0, torch.zeros(rows, dtype=torch.long), values)])
             logits.log_softmax(-1)[:, 7].exp().sum()
-        found.append(sum(kept.values()) / rows)
+        found.append(sum(storage.nbytes() for where, storage in kept.items() if where not in weights) / rows)
     return found[1] - found[0], 2 * found[0] - found[1]
 
 
-class _Padding:
-    pad_token_id = 0
-
-
-class Standard(NamedTuple):
-    """What the model here takes for a prompt: tokens, nodes and ends of panels on a block, and GFLOP per second."""
-
-    length: float
-    nodes: float
-    ends: float
-    rate: float
-
-
-def standard(prompts: int) -> tuple[Standard, str]:
+def standard(prompts: int) -> tuple[float, float, float, str]:
+    """Of a prompt of the model here: tokens, nodes on a block and GFLOP per second; and these in words."""
     lm = kncore.load(STANDARD)
-    queries = [q for name in ("capital", "official_language", "native_language") for q in kncore.facts(name)]
+    queries = [q for name in ("capital", "official_language", "native_language") for q in tasks.facts(name)]
     queries = queries[:: max(1, len(queries) // prompts)][:prompts]
     kncore.attribute(lm, queries[:1], steps=2, store=False)
-    seconds, nodes = [], []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, nodes, before = [], [], most_memory()
     for i in range(0, len(queries), TOGETHER):
-        start = time.perf_counter()
-        found = kncore.attribute(lm, queries[i : i + TOGETHER], store=False)
-        seconds.append((time.perf_counter() - start) / len(found.nodes))
+        took, found = timed(kncore.attribute, lm, queries[i : i + TOGETHER], store=False)
+        seconds.append(took / len(found.nodes))
         nodes.append(found.nodes.double())
-    each = torch.cat(nodes).mean()
-    # A path has one end that is computed, at 0, and three more for each four panels that it is split into.
-    ends = 1 + (each / attribution.PANEL_NODES - 1) / attribution.SPLIT * (attribution.SPLIT - 1)
+    each = float(torch.cat(nodes).mean())
     length = sum(len(tokens.encode(lm, query).ids) for query in queries) / len(queries)
-    gflop = work(size(lm.model.config), length, float(each), float(ends))
-    took = stats.mean(seconds)
-    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 if sys.platform == "darwin" else 2**-10)
+    took, grown = stats.mean(seconds), most_memory() - before
+    rate = work(size(lm.model.config), length, each, ends(each)) / took.value
     block, head = held(lm.model.config, round(length))
     first = TOGETHER * attribution.PANEL_NODES  # rows of each block in the first pass, which is the largest
     foretold = 2 * first * sum((k + 1) * block + head for k in range(len(lm.blocks)))
-    told = (
+    words = (
         f"{len(queries)} facts on {lm.name} ({torch.get_num_threads()} thread(s), float32): {length:.1f} tokens,\n"
-        f"{each:.1f} nodes a block; seconds a prompt {took} calls of {TOGETHER} prompts;\n"
-        f"{gflop / took.value:.0f} GFLOP/s.\n"
+        f"{each:.1f} nodes a block; seconds a prompt {took} calls of {TOGETHER} prompts;\n{rate:.0f} GFLOP/s.\n"
         f"Check of the memory: counted as below, a pass of {TOGETHER} prompts keeps {foretold / 2**30:.2f} GiB; the "
-        f"process grew by {more / 2**30:.2f} GiB"
+        f"process grew by {grown:.2f} GiB"
     )
-    return Standard(length, float(each), float(ends), gflop / took.value), told
+    return length, each, rate, words
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=60, help="to time here")
-    parser.add_argument("--out", type=Path, help="file to write the table to")
-    args = parser.parse_args()
-    here, told = standard(args.prompts)
-    lines = [
-        "| model | TFLOP a prompt | all prompts, EFLOP | hours at 10 TFLOP/s | hours on this machine "
-        "| weights, GiB in 32 / 16 bits | held besides, GiB |",
-        "| :-- | --: | --: | --: | --: | --: | --: |",
-    ]
+    args = parser(__doc__, prompts=(60, "to time here")).parse_args()
+    length, nodes, rate, words = standard(args.prompts)
+    lines = []
     for name, config in MODELS.items():
-        one = size(config)
-        gflop = work(one, here.length, here.nodes, here.ends)
-        block, head = held(config, round(here.length))
-        # The most is held where all rows of a pass entered at the lowest blocks. A row weighs its prefix too.
-        rows = BUDGET / (1 + round(here.length) // 16)
-        besides = rows * (one.blocks * block + head) / 2**30
+        model = size(config)
+        gflop = work(model, length, nodes, ends(nodes))
         total = gflop * PARAREL
-        lines.append(
-            f"| {name} | {gflop / 1e3:.1f} | {total / 1e9:.2f} | {total / 1e4 / 3600:.0f} "
-            f"| {total / here.rate / 3600:,.0f} | {4 * one.whole / 2**30:.1f} / {2 * one.whole / 2**30:.1f} "
-            f"| {besides:.1f} |"
-        )
+        block, head = held(config, round(length))
+        # The most is held where all rows of a pass entered at the lowest blocks. A row weighs its prefix too.
+        besides = BUDGET / (1 + round(length) // 16) * (model.blocks * block + head)
+        flops = [f"{gflop / 1e3:.1f}", f"{total / 1e9:.2f}", f"{total / 1e4 / 3600:.0f}", f"{total / rate / 3600:,.0f}"]
+        weights = f"{4 * model.whole / 2**30:.1f} / {2 * model.whole / 2**30:.1f}"
+        lines.append([name, *flops, weights, f"{besides / 2**30:.1f}"])
     text = f"""\
-Measured here: {told}.
+Measured here: {words}.
 
-{chr(10).join(lines)}
-
+{table(COLUMNS, lines)}
 *All prompts*: the {PARAREL:,} of ParaRel. *Held besides* the weights: what the backward pass keeps in bfloat16 of the
 {BUDGET} positions that the default `budget` allows; in float32 twice that.
 """
-    print(text)
-    if args.out:
-        write(args.out, text)
+    show(text, args.out)
 
 
 if __name__ == "__main__":

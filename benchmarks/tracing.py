@@ -1,7 +1,5 @@
 """Time causal tracing: one run of the whole model for each cell, and replay.
 
-    python benchmarks/tracing.py [--model NAME] [--stride N] [--samples N] [--out FILE]
-
 Prints a table in Markdown. A run of the whole model is one batch, as in the code of Meng et al. (2022): the clean run
 in the first row, from which states are copied, and the samples in the others. Both ways leave out the tokens before the
 subject, use the same noise and compute the same numbers; "apart" is the largest difference.
@@ -9,18 +7,17 @@ subject, use the same noise and compute the same numbers; "apart" is the largest
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import time
+import itertools
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
+from report import parser, show, table, timed
 
 import kncore
 from kncore import arch, tokens, tracing
-from kncore.tasks import Query
+from kncore.query import Query
 from kncore.tracing import Restore
 
 # Prompts of 5, 10 and 15 tokens for the default model. The earlier the subject, the more there is to run again.
@@ -56,68 +53,45 @@ def whole(lm, query: Query, restore: Restore, noise: torch.Tensor, stride: int) 
         return x
 
     out = torch.empty(len(encoded.ids) - first, len(range(0, n, stride)), 2)
-    hook = lm.model.get_input_embeddings().register_forward_hook(noised)
-    try:
-        for t in range(first, len(encoded.ids)):
-            for i, block in enumerate(range(0, n, stride)):
-                window = range(max(0, block - restore.window // 2), min(n, block + (restore.window + 1) // 2))
-                with contextlib.ExitStack() as hooks:
-                    for depth in window:
-                        hooks.enter_context(arch.at_site(lm.blocks[depth], where, partial(put, t=t)))
-                    got = lm.model(ids).logits[1:, encoded.position].float()
-                target, foil = got[:, ends].T
-                out[t - first, i, 0] = got.softmax(-1)[:, ends[0]].mean()
-                out[t - first, i, 1] = (target - foil).mean()
-    finally:
-        hook.remove()
+    cells = itertools.product(range(first, len(encoded.ids)), enumerate(range(0, n, stride)))
+    with lm.model.get_input_embeddings().register_forward_hook(noised):
+        for t, (i, block) in cells:
+            window = range(max(0, block - restore.window // 2), min(n, block + (restore.window + 1) // 2))
+            with contextlib.ExitStack() as hooks:
+                for depth in window:
+                    hooks.enter_context(arch.at_site(lm.blocks[depth], where, partial(put, t=t)))
+                got = lm.model(ids).logits[1:, encoded.position].float()
+            target, foil = got[:, ends].T
+            out[t - first, i, 0] = got.softmax(-1)[:, ends[0]].mean()
+            out[t - first, i, 1] = (target - foil).mean()
     return out
-
-
-def timed(work):
-    begun = time.perf_counter()
-    result = work()
-    return time.perf_counter() - begun, result
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--stride", type=int, default=1, help="every how many blocks a cell lies")
-    parser.add_argument("--samples", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="file for the table; without it the table is printed")
-    options = parser.parse_args()
+    options = {
+        "model": ("smollm2-135m", "as for kncore.load"),
+        "stride": (1, "every how many blocks a cell lies"),
+        "samples": (3, "of noise, a cell"),
+    }
+    options = parser(__doc__, **options).parse_args()
     lm = kncore.load(options.model)
     settings = {"samples": options.samples, "store": False}
     tracing.trace(lm, QUERIES[:1], stride=len(lm.blocks), **settings)  # warm
-    lines = [
-        f"*{lm.name}*, {torch.get_num_threads()} threads; {options.samples} samples of noise a cell.",
-        "",
-        "| restored | tokens (subject) | cells | a run a cell, s | replay, s | ratio | apart: P, log-odds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for label, restore in RESTORES.items():
         for query in QUERIES:
             with mock.patch.object(tracing, "_noised", wraps=tracing._noised) as corrupted:
-                fast, (got,) = timed(
-                    lambda query=query, restore=restore: tracing.trace(
-                        lm, [query], [restore], stride=options.stride, **settings
-                    )
-                )
-            noise = corrupted.call_args.args[2]
-            slow, want = timed(
-                lambda query=query, restore=restore, noise=noise: whole(lm, query, restore, noise, options.stride)
-            )
-            apart = (got.restored[0, got.subject[0] :] - want).abs().amax((0, 1)).tolist()
+                fast, (got,) = timed(tracing.trace, lm, [query], [restore], stride=options.stride, **settings)
+            slow, want = timed(whole, lm, query, restore, corrupted.call_args.args[2], options.stride)
             first, last = got.subject
-            prompt = f"{len(got.tokens)} ({first + 1}–{last + 1}) | {want[..., 0].numel()}"
-            times = f"{slow:.1f} | {fast:.2f} | {slow / fast:.1f}"
-            lines.append(f"| {label} | {prompt} | {times} | {apart[0]:.0e}, {apart[1]:.0e} |")
-    text = "\n".join(lines) + "\n"
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+            apart = (got.restored[0, first:] - want).abs().amax((0, 1)).tolist()
+            cells = [f"{len(got.tokens)} ({first + 1}–{last + 1})", want[..., 0].numel()]
+            times = [f"{slow:.1f}", f"{fast:.2f}", f"{slow / fast:.1f}"]
+            rows.append([label, *cells, *times, f"{apart[0]:.0e}, {apart[1]:.0e}"])
+    columns = ["restored", "tokens (subject)", "cells", "a run a cell, s", "replay, s", "ratio", "apart: P, log-odds"]
+    about = f"*{lm.name}*, {torch.get_num_threads()} threads; {options.samples} samples of noise a cell."
+    show(f"{about}\n\n{table(columns, rows)}", options.out)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,27 @@
 """Attribution and editing kernels for asking whether knowledge is stored in neurons.
 
-From the ground floor up; a module imports from the floors below its own only.
-
-1. `arch` architecture as data · `checks` arguments that are numbers or lists · `resources` data files, and which were
-   read · `stored` notebooks at rest · `disk` files written whole and sealed · `fingerprint` the code that decided a
-   result · `state` of a model and of the process: content, settings from outside, one thread at a time · `bound` a
-   process that ends with its parent
-2. `checkpoint` folders of models, checked · `stats` estimates, intervals · `tasks` queries and facts · `runs` kept
-   apart, and published whole
-3. `models` names and loading · `grammar` minimal pairs · `words` nouns, plain prose, frequencies
-4. `tokens` from query to token ids · `public` BLiMP, ParaRel, CounterFact, known_1000
-5. `replay` the engine: capture and replay · `neurons` knowledge neurons · `cache` the store of scores ·
-   `cases` what is asked after an edit · `editing` requests and settings of editors
-6. `attribution` integrated gradients · `predictions` what the model says and knows · `interventions` in models ·
-   `effects` of many edits · `covariance` of keys · `corpus` sentences whose every count is known
-7. `tracing` of causes · `rome`, `memit`, `finetune`: what an edit of weights is
-8. `editors` by name, and their store
-9. `criteria` of an edit · `claims` rules, records, verdicts · `figures` plots and tables · `looking` into them
-10. `pipeline` notebooks run and stored · `reference` the docstrings as a page
-11. `pages` what the records say, as Markdown · `sweep` many prompts, in shards
-12. `door` what stands at the end of each page and may be taken away
-13. `book` rendered; the command line `python -m kncore`
+A model is loaded (`load`), asked (`Query`, `predict`) and attributed (`attribute`); its neurons are chosen
+(`find_neurons`) and changed for a while (`suppress`, `enhance`, `set_neurons`, `edited`); its causes are traced
+(`kncore.tracing`), and facts are written into it (`kncore.editors`). What to ask it, facts, minimal pairs, cases and
+criteria, is in the package `knpaper`, which comes along. Names that stood here before are still found here.
 """
 
+from importlib import import_module
+
 from kncore.attribution import Attribution, attribute
-from kncore.grammar import minimal_pairs, phenomena
 from kncore.interventions import Delta, edited, enhance, set_neurons, suppress, value_update
 from kncore.models import LM, load
 from kncore.neurons import Neuron, find_neurons, similarity
-from kncore.predictions import known_facts, known_pairs, predict
-from kncore.tasks import Query, facts, relations
+from kncore.predictions import predict
+from kncore.query import Query
+
+# By name, so that nothing here depends on it.
+STUDY = {
+    **{name: f"knpaper.{name}" for name in ("cases", "claims", "criteria", "figures", "grammar", "stats", "tasks")},
+    **{name: f"knpaper.tasks.{name}" for name in ("facts", "relations")},
+    **{name: f"knpaper.grammar.{name}" for name in ("minimal_pairs", "phenomena")},
+    **{name: f"knpaper.stimuli.{name}" for name in ("known_facts", "known_pairs")},
+}
 
 __all__ = [
     "LM",
@@ -40,17 +32,19 @@ __all__ = [
     "attribute",
     "edited",
     "enhance",
-    "facts",
     "find_neurons",
-    "known_facts",
-    "known_pairs",
     "load",
-    "minimal_pairs",
-    "phenomena",
     "predict",
-    "relations",
     "set_neurons",
     "similarity",
     "suppress",
     "value_update",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Return a name of the study that this package had before."""
+    if name not in STUDY:
+        raise AttributeError(f"module 'kncore' has no attribute {name!r}")
+    module, _, attribute = STUDY[name].rpartition(".")
+    return import_module(STUDY[name]) if module == "knpaper" else getattr(import_module(module), attribute)

@@ -22,8 +22,6 @@ class Site(NamedTuple):
 
 
 BUFFERS = r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|embeddings\.(position|token_type)_ids)$"
-POOLER = r"(^|\.)pooler\.dense\.(weight|bias)$"
-NEXT_SENTENCE = r"^cls\.seq_relationship\.(weight|bias)$"
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class ArchSpec:
     """One model family.
 
     `sites` names the places that can be read and changed inside a block: `neuron` (the coefficients of the value
-    vectors), `authors` (where the published code of Niu et al. reads them), `mlp`, `attention` (what each adds to the
+    vectors), `published` (where the published code of Niu et al. reads them), `mlp`, `attention` (what each adds to the
     residual stream) and `residual` (what enters the block). `spare` is a pattern of the weights that a checkpoint may
     hold and no result depends on: heads for other tasks, and buffers that are computed anew.
     """
@@ -46,51 +44,34 @@ class ArchSpec:
     spare: str = BUFFERS
 
 
-def _sites(projection: str, authors: Site, mlp: str, attention: str) -> dict[str, Site]:
+def _sites(projection: str, published: Site, mlp: str, attention: str) -> dict[str, Site]:
     return {
         "neuron": Site(projection, "input"),
-        "authors": authors,
+        "published": published,
         "mlp": Site(mlp, "output"),
         "attention": Site(attention, "output"),
         "residual": Site("", "input"),
     }
 
 
+NEURON_SITES = ("neuron", "published")  # with a state for each neuron
 _LLAMA_SITES = _sites("mlp.down_proj", Site("mlp.gate_proj", "output"), "mlp", "self_attn.o_proj")
+_GPT2_SITES = _sites("mlp.c_proj", Site("mlp.c_fc", "output"), "mlp", "attn.c_proj")
+_NEOX_SITES = _sites("mlp.dense_4h_to_h", Site("mlp.dense_h_to_4h", "output"), "mlp", "attention.dense")
+_NEOX_NORM = "gpt_neox.final_layer_norm"
 # In BERT the projection is followed by dropout and a normalisation that also sees the residual stream, so what the
 # MLP adds is the output of the projection itself.
 _BERT_SITES = _sites("output.dense", Site("intermediate", "output"), "output.dense", "attention.output.dense")
+_ROBERTA_SPARE = BUFFERS + r"|(^|\.)pooler\.dense\.(weight|bias)$"
+_BERT_SPARE = _ROBERTA_SPARE + r"|^cls\.seq_relationship\.(weight|bias)$"
 
 SPECS: dict[str, ArchSpec] = {
     spec.family: spec
     for spec in (
-        ArchSpec(
-            "bert",
-            "bert.encoder.layer",
-            _BERT_SITES,
-            None,
-            "cls",
-            masked=True,
-            spare=f"{BUFFERS}|{POOLER}|{NEXT_SENTENCE}",
-        ),
-        ArchSpec(
-            "roberta", "roberta.encoder.layer", _BERT_SITES, None, "lm_head", masked=True, spare=f"{BUFFERS}|{POOLER}"
-        ),
-        ArchSpec(
-            "gpt2",
-            "transformer.h",
-            _sites("mlp.c_proj", Site("mlp.c_fc", "output"), "mlp", "attn.c_proj"),
-            "transformer.ln_f",
-            "lm_head",
-        ),
-        ArchSpec(
-            "gpt_neox",
-            "gpt_neox.layers",
-            _sites("mlp.dense_4h_to_h", Site("mlp.dense_h_to_4h", "output"), "mlp", "attention.dense"),
-            "gpt_neox.final_layer_norm",
-            "lm_head",
-            cache="layer_past",
-        ),
+        ArchSpec("bert", "bert.encoder.layer", _BERT_SITES, None, "cls", masked=True, spare=_BERT_SPARE),
+        ArchSpec("roberta", "roberta.encoder.layer", _BERT_SITES, None, "lm_head", masked=True, spare=_ROBERTA_SPARE),
+        ArchSpec("gpt2", "transformer.h", _GPT2_SITES, "transformer.ln_f", "lm_head"),
+        ArchSpec("gpt_neox", "gpt_neox.layers", _NEOX_SITES, _NEOX_NORM, "lm_head", cache="layer_past"),
         ArchSpec("llama", "model.layers", _LLAMA_SITES, "model.norm", "lm_head"),
         ArchSpec("qwen2", "model.layers", _LLAMA_SITES, "model.norm", "lm_head"),
         ArchSpec("mistral", "model.layers", _LLAMA_SITES, "model.norm", "lm_head"),
@@ -99,7 +80,7 @@ SPECS: dict[str, ArchSpec] = {
 
 
 def spec_for(model_type: str) -> ArchSpec:
-    """The row of `SPECS` for a Hugging Face `model_type`; ValueError names the families that work."""
+    """Return the row of `SPECS` for a Hugging Face `model_type`; ValueError names the families that work."""
     if not isinstance(model_type, str) or model_type not in SPECS:
         raise ValueError(
             f"model family {model_type!r} is not supported; supported: {', '.join(SPECS)}. "
@@ -140,12 +121,13 @@ def check(model: nn.Module, spec: ArchSpec) -> None:
 
 
 def projection(model: nn.Module, spec: ArchSpec, block: int) -> nn.Module:
-    """The module that holds the value vectors of one block."""
+    """Return the module that holds the value vectors of one block."""
     return module_at(module_at(model, spec.blocks, "blocks")[block], spec.sites["neuron"].path, "neuron site")
 
 
 def value_vectors(model: nn.Module, spec: ArchSpec, block: int):
-    """Value vectors of one block, `[neuron, hidden]`: row i is what a unit of neuron i adds to the residual stream."""
+    """Return value vectors of one block, `[neuron, hidden]`: row i is what a unit of neuron i adds to the residual
+    stream."""
     module = projection(model, spec, block)
     return module.weight.T if isinstance(module, nn.Linear) else module.weight  # GPT-2's Conv1D is stored transposed
 

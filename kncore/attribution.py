@@ -5,7 +5,7 @@ neurons are set to γ·a,
 
     score_i = a_i · ∫₀¹ ∂P / ∂neuron_i dγ          (Dai et al. 2022, section 3.2; Niu et al. 2024, section 2)
 
-so that the scores of a block add up to P(1) − P(0). This completeness says, on any part of the path, how good the
+so that the scores of a block add up to P(1) − P(0). How far they do not, on any part of the path, says how good the
 quadrature was there; the adaptive rule splits the path where it was not.
 """
 
@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from kncore import cache, checks, state, tokens
+from kncore import arch, checks, tokens
 from kncore.models import LM
-from kncore.replay import Capture, Change, capture, expect_numbers, passes, replay
-from kncore.tasks import Query
+from kncore.query import Query
+from kncore.replay import Capture, Change, capture, expect_numbers, replay
+from kncore.store import state
+from kncore.store.results import Result, stored
+
+Rule = tuple[np.ndarray, np.ndarray]  # nodes in [0, 1], and their weights
 
 PANEL_NODES = 5
 SPLIT = 4
@@ -39,7 +42,7 @@ class Attribution:
     """Scores of neurons for queries.
 
     `scores` as above, in units of P (or of log P where the whole target is attributed); `gap`, the completeness gap
-    |Σ scores − (P(1) − P(0))|; `nodes`, how many gradients were taken; `probability` of the target's first token and
+    `|Σ scores − (P(1) − P(0))|`; `nodes`, how many gradients were taken; `probability` of the target's first token and
     its `rank` (0: it is the model's prediction).
     """
 
@@ -50,13 +53,13 @@ class Attribution:
     rank: Int[Tensor, " query"]
 
 
-def rule(name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of a quadrature on [0, 1].
+def rule(name: str, steps: int) -> Rule:
+    """Return the nodes and the weights of a quadrature on [0, 1].
+
+    "gauss" is Gauss-Legendre; "riemann" linspace(0, 1, steps) with weights 1/steps, as in the code of Niu et al.;
+    "left" the left Riemann sum, i/steps, as in Dai et al.; "trapezoid" linspace(0, 1, steps) with halved ends.
 
     Raises ValueError for an unknown name, and steps that are no whole number or too few.
-
-    `gauss`: Gauss-Legendre. `riemann`: linspace(0, 1, steps) with weight 1/steps, as in the code of Niu et al. `left`:
-    i/steps, as in Dai et al. `trapezoid`: linspace(0, 1, steps) with halved ends.
     """
     steps = checks.whole(steps, "steps")
     if steps < (2 if name == "trapezoid" else 1):
@@ -91,72 +94,75 @@ def attribute(
 ) -> Attribution:
     """Attribute the target's probability to the neurons of every block, at the position that predicts it.
 
-    quadrature: "gauss" without `steps` is adaptive: five Gauss-Legendre nodes on the path, and on each quarter of a
-        part whose completeness gap exceeds `tol` times the Euclidean norm of the block's scores (plus the rounding
-        noise of P). With `steps`, another name of `rule`, or a pair (nodes, weights), the nodes are fixed;
-        `quadrature="riemann", steps=20, site="authors"` gives the scores of the published code.
-    target: "first" attributes the probability of the target's first token; "all" the log-probability of the whole
-        target: the sum, over its tokens, of the attribution of log P(token | prompt, tokens before it).
-    budget: how many positions are held at once; less memory, smaller batches, same scores.
-    store: keep results on disk, keyed by all that they depend on. A model that was changed after loading is neither
-        looked up nor stored.
+    Args:
+        quadrature: "gauss" without `steps` is adaptive: five Gauss-Legendre nodes on the path, and on each quarter of a
+            part whose completeness gap exceeds `tol` times the Euclidean norm of the block's scores (plus the rounding
+            noise of P). With `steps`, another name that `rule` knows, or a pair (nodes, weights), the nodes are fixed;
+            `quadrature="riemann", steps=20, site="published"` gives the scores of the published code.
+        target: "first" attributes the probability of the target's first token; "all" the log-probability of the whole
+            target: the sum, over its tokens, of the attribution of log P(token | prompt, tokens before it).
+        budget: how many positions are held at once; less memory, smaller batches, same scores.
+        store: keep results on disk, keyed by all that they depend on, unless the model was changed after loading.
 
     Raises ValueError for an unknown site, quadrature or target mode, for nodes outside [0, 1], for queries the model
     cannot be asked, and where what it computes is no number; TypeError for what is no list of queries.
     """
-    queries = checks.items(queries, Query, "queries")
-    if not queries:
-        raise ValueError("no queries to attribute; give at least one")
+    queries = checks.items(queries, Query, "queries", 1)
     if target not in ("first", "all"):
         raise ValueError(f"unknown target mode {target!r}: choose 'first' (token) or 'all' (tokens)")
-    if site not in ("neuron", "authors"):
-        raise ValueError(f"cannot attribute to site {site!r}; choose 'neuron' or 'authors'")
-    tol, budget = checks.finite(tol, "tol"), checks.whole(budget, "budget", 1)
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, got {tol:g}")
+    if site not in arch.NEURON_SITES:
+        raise ValueError(f"cannot attribute to site {site!r}; choose {' or '.join(map(repr, arch.NEURON_SITES))}")
+    tol, budget = checks.setting(tol, "tol", above=True), checks.whole(budget, "budget", 1)
     fixed = _fixed(quadrature, steps)
     encoded = [tokens.encode(lm, query) for query in queries]
-    if target == "first":
-        parts = [[replace(e, target=e.target[:1])] for e in encoded]
-    else:
-        parts = [tokens.steps(lm, e) for e in encoded]
-    done: dict[tokens.Encoded, dict[str, Tensor] | None] = {part: None for group in parts for part in group}
+    # One prompt per token that is attributed: the target's first, or all of them.
+    groups = [[replace(e, target=e.target[:1])] if target == "first" else tokens.steps(lm, e) for e in encoded]
+    prompts = sorted({prompt: None for group in groups for prompt in group}, key=lambda prompt: len(prompt.ids))
+    nodes = [np.asarray(x).tolist() for x in fixed or (PANEL_NODES, SPLIT, DEPTH, tol)]
+    shared = {"site": site, "target": target, "quadrature": nodes}
 
-    how = fixed or (PANEL_NODES, SPLIT, DEPTH, tol)
-    settings = {"site": site, "target": target, "quadrature": [np.asarray(x).tolist() for x in how]}
-    kept = cache.store(lm, _scores, capture) if store else None
-    names = {}
-    if kept:
-        names = {part: kept.name({**settings, "query": [part.ids, part.position, part.target]}) for part in done}
-        done.update({part: kept.read(name) for part, name in names.items()})
+    def compute(part: list[int]) -> list[Result]:
+        return _attributed(lm, [prompts[i] for i in part], site, target == "all", fixed, tol, budget)
 
-    todo = sorted((part for part, found in done.items() if found is None), key=lambda part: len(part.ids))
-    at_once = max(1, budget // (len(lm.blocks) * (len(fixed[0]) if fixed else PANEL_NODES)))
-    with tqdm(total=len(todo), desc="attribute", unit="prompt", leave=False, disable=not progress) as bar:
-        for i in range(0, len(todo), at_once):
-            batch = todo[i : i + at_once]
-            captured = capture(lm, batch, sites=(site,))
-            wanted = torch.tensor([part.target[0] for part in batch], device=lm.device)
-            states = torch.stack(captured.sites[site], 1).float()
-            path = _Path(captured, site, states, wanted, target == "all", budget)
-            results = dict(zip(batch, _scores(path, fixed, tol), strict=True))
-            for part, result in results.items():
-                for name in ("scores", "gap", "probability"):
-                    expect_numbers(lm, result[name].reshape(1, -1), [part.ids], name)
-            done |= results
-            if kept:
-                kept.write({names[part]: result for part, result in results.items()})
-            bar.update(len(batch))
+    results = stored(
+        lm,
+        (_scores, capture),
+        [{**shared, "query": [prompt.ids, prompt.position, prompt.target]} for prompt in prompts],
+        compute,
+        batch=max(1, budget // (len(lm.blocks) * (len(fixed[0]) if fixed else PANEL_NODES))),
+        store=store,
+        progress="attribute" if progress else "",
+    )
+    by_prompt = dict(zip(prompts, results, strict=True))
+    return _summed([[by_prompt[prompt] for prompt in group] for group in groups])
 
-    out = {f.name: torch.stack([done[group[0]][f.name] for group in parts]) for f in fields(Attribution)}
-    for query, group in enumerate(parts):
-        for part in group[1:]:
+
+def _attributed(
+    lm: LM, batch: Sequence[tokens.Encoded], site: str, log: bool, fixed: Rule | None, tol: float, budget: int
+) -> list[Result]:
+    """Return the fields of an `Attribution` for each prompt of a batch, from one capture."""
+    captured = capture(lm, batch, sites=(site,))
+    wanted = torch.tensor([prompt.target[0] for prompt in batch], device=lm.device)
+    path = _Path(captured, site, torch.stack(captured.sites[site], 1).float(), wanted, log, budget)
+    results = _scores(path, fixed, tol)
+    for prompt, result in zip(batch, results, strict=True):
+        for name in ("scores", "gap", "probability"):
+            expect_numbers(lm, result[name].reshape(1, -1), [prompt.ids], name)
+    return results
+
+
+def _summed(groups: Sequence[Sequence[Result]]) -> Attribution:
+    """Return the attribution of each query: sums over the prompts of its tokens, and the first token's probability."""
+    out = {f.name: torch.stack([group[0][f.name] for group in groups]) for f in fields(Attribution)}
+    for query, group in enumerate(groups):
+        for result in group[1:]:
             for name in ("scores", "gap", "nodes"):
-                out[name][query] += done[part][name]
+                out[name][query] += result[name]
     return Attribution(**out)
 
 
-def _fixed(quadrature, steps: int | None) -> tuple[np.ndarray, np.ndarray] | None:
+def _fixed(quadrature: str | Sequence, steps: int | None) -> Rule | None:
+    """Return the nodes and weights that were asked for; None where the rule is to adapt."""
     if not isinstance(quadrature, str):
         if steps is not None:
             raise ValueError("steps belong to a quadrature that has a name; the nodes given say how many there are")
@@ -173,15 +179,12 @@ def _fixed(quadrature, steps: int | None) -> tuple[np.ndarray, np.ndarray] | Non
     return rule(quadrature, 20 if steps is None else steps)
 
 
-class _Point(NamedTuple):
-    block: int
-    query: int
-    gamma: float
+Point = tuple[int, int, float]  # block, query, γ
 
 
 @dataclass(frozen=True)
 class _Path:
-    """P as a function of γ, for every block and query of one capture."""
+    """P, or log P, as a function of γ, for every block and query of one capture."""
 
     captured: Capture
     site: str
@@ -190,45 +193,45 @@ class _Path:
     log: bool
     budget: int
 
-    def measure(self, logits: Float[Tensor, "row vocab"], queries: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        p = self.log_measure(logits, queries)
-        return p if self.log else p.exp()
+    def measure(
+        self, logits: Float[Tensor, "row vocab"], queries: Int[Tensor, " row"], log: bool
+    ) -> Float[Tensor, " row"]:
+        logp = logits.log_softmax(-1).gather(1, self.wanted[queries][:, None])[:, 0]
+        return logp if log else logp.exp()
 
-    def log_measure(self, logits: Float[Tensor, "row vocab"], queries: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        return logits.log_softmax(-1).gather(1, self.wanted[queries][:, None])[:, 0]
+    def after(self, changes: Sequence[Change], log: bool) -> Float[Tensor, " row"]:
+        logits = replay(self.captured, changes)
+        return self.measure(logits, torch.cat([change.prompts for change in changes]), log)
 
-    def values(self, points: Sequence[_Point]) -> list[float]:
-        """P at points that rise in block."""
-        measured = []
+    def values(self, points: Sequence[Point]) -> list[float]:
+        """Return P at points that rise in block."""
         with torch.no_grad():
-            for changes in passes(self.captured, self._changes(points), self.budget):
-                measured += self.measure(replay(self.captured, changes), _prompts(changes)).tolist()
-        return measured
+            passes = [self.after(changes, self.log).tolist() for changes in self._changes(points)]
+        return [value for values in passes for value in values]
 
-    def slopes(self, points: Sequence[_Point]) -> Float[Tensor, "point width"]:
-        """Gradient of P with respect to the site's state, at points that rise in block."""
+    def slopes(self, points: Sequence[Point]) -> Float[Tensor, "point width"]:
+        """Return the gradient of P with respect to the site's state, at points that rise in block."""
         out = []
         # The gradient of a small P is below what float16 can hold; that of log P is not, and dP = P · d(log P).
         narrow = self.captured.lm.dtype == torch.float16 and not self.log
-        for changes in passes(self.captured, self._changes(points), self.budget):
-            changes = [replace(change, values=change.values.detach().requires_grad_()) for change in changes]
-            measure = self.log_measure if narrow else self.measure
-            p = measure(replay(self.captured, changes), _prompts(changes))
-            slopes = torch.cat(torch.autograd.grad(p.sum(), [change.values for change in changes])).float()
+        for changes in self._changes(points):
+            states = [change.values.requires_grad_() for change in changes]
+            p = self.after(changes, self.log or narrow)
+            slopes = torch.cat(torch.autograd.grad(p.sum(), states)).float()
             out.append(slopes * p.detach().exp()[:, None] if narrow else slopes)
         return torch.cat(out)
 
-    def _changes(self, points: Sequence[_Point]) -> Iterator[Change]:
+    def _changes(self, points: Sequence[Point]) -> Iterator[list[Change]]:
+        """Yield what is changed at points, in lists that fit the budget."""
         device, dtype = self.states.device, self.captured.lm.dtype
-        for block, group in groupby(points, key=lambda point: point.block):
-            _, queries, gammas = zip(*group, strict=True)
-            rows = torch.tensor(queries, device=device)
-            values = torch.tensor(gammas, device=device)[:, None] * self.states[rows, block]
-            yield Change(block, rows, values.to(dtype), self.site)
-
-
-def _prompts(changes: Sequence[Change]) -> Int[Tensor, " row"]:
-    return torch.cat([change.prompts for change in changes])
+        for part in self.captured.parts(points, self.budget):
+            changes = []
+            for block, group in groupby(part, key=lambda point: point[0]):
+                _, queries, gammas = zip(*group, strict=True)
+                rows = torch.tensor(queries, device=device)
+                values = torch.tensor(gammas, device=device)[:, None] * self.states[rows, block]
+                changes.append(Change(block, rows, values.to(dtype), self.site))
+            yield changes
 
 
 class _Part(NamedTuple):
@@ -242,28 +245,23 @@ class _Part(NamedTuple):
     p_b: float
 
 
-class _Panel(NamedTuple):
-    """A part that has been integrated; its gap is the completeness gap of this part alone."""
-
-    part: _Part
-    scores: Float[Tensor, " width"]
-    gap: float
-
-
-def _integrate(path: _Path, parts: list[_Part], nodes: np.ndarray, weights: np.ndarray) -> list[_Panel]:
-    points = [_Point(part.block, part.query, part.a + (part.b - part.a) * node) for part in parts for node in nodes]
+def _integrate(
+    path: _Path, parts: list[_Part], nodes: np.ndarray, weights: np.ndarray
+) -> list[tuple[_Part, Float[Tensor, " width"], float]]:
+    """Return each part with its integral, as scores, and the completeness gap of this part alone."""
+    points = [(part.block, part.query, part.a + (part.b - part.a) * node) for part in parts for node in nodes]
     slopes = path.slopes(points).view(len(parts), len(nodes), -1)
     integrals = torch.einsum("pnw,n->pw", slopes, torch.tensor(weights, dtype=slopes.dtype, device=slopes.device))
     panels = []
     for part, integral in zip(parts, integrals, strict=True):
         scores = (part.b - part.a) * integral * path.states[part.query, part.block]
-        panels.append(_Panel(part, scores, abs(float(scores.sum()) - (part.p_b - part.p_a))))
+        panels.append((part, scores, abs(float(scores.sum()) - (part.p_b - part.p_a))))
     return panels
 
 
 def _split(path: _Path, parts: list[_Part]) -> list[_Part]:
     edges = {part: [part.a + i / SPLIT * (part.b - part.a) for i in range(1, SPLIT)] for part in parts}
-    values = iter(path.values([_Point(part.block, part.query, edge) for part in parts for edge in edges[part]]))
+    values = iter(path.values([(part.block, part.query, edge) for part in parts for edge in edges[part]]))
     out = []
     for part in parts:
         ends = [(part.a, part.p_a), *((edge, next(values)) for edge in edges[part]), (part.b, part.p_b)]
@@ -272,15 +270,16 @@ def _split(path: _Path, parts: list[_Part]) -> list[_Part]:
     return out
 
 
-def _scores(path: _Path, fixed: tuple[np.ndarray, np.ndarray] | None, tol: float) -> list[dict[str, Tensor]]:
-    """Results for each query of one capture: panels of the paths, split until each is complete."""
+def _scores(path: _Path, fixed: Rule | None, tol: float) -> list[Result]:
+    """Return the results for each query of one capture: panels of the paths, split until each is complete."""
     n_queries, n_blocks, _ = path.states.shape
     nodes, weights = fixed or rule("gauss", PANEL_NODES)
     noise = NOISE.get(path.captured.lm.dtype, 100) * torch.finfo(path.captured.lm.dtype).eps
-    starts = [_Point(block, query, 0.0) for block in range(n_blocks) for query in range(n_queries)]
-    p_zero = path.values(starts)
-    p_one = path.measure(path.captured.logits, torch.arange(n_queries, device=path.states.device)).tolist()
-    parts = [_Part(*start[:2], 0.0, 1.0, p, p_one[start.query]) for start, p in zip(starts, p_zero, strict=True)]
+    paths = [(block, query) for block in range(n_blocks) for query in range(n_queries)]
+    p_zero = path.values([(*each, 0.0) for each in paths])
+    every = torch.arange(n_queries, device=path.states.device)
+    p_one = path.measure(path.captured.logits, every, path.log).tolist()
+    parts = [_Part(*each, 0.0, 1.0, p, p_one[each[1]]) for each, p in zip(paths, p_zero, strict=True)]
 
     scores = torch.zeros_like(path.states)
     spent = torch.zeros(n_queries, n_blocks, dtype=torch.long)
@@ -292,25 +291,25 @@ def _scores(path: _Path, fixed: tuple[np.ndarray, np.ndarray] | None, tol: float
         if fixed or depth == DEPTH - 1:
             break
         norms = scores.norm(dim=-1).tolist()
-        bad = [
-            panel
-            for panel in panels
-            if panel.gap > tol * norms[panel.part.query][panel.part.block] + noise * max(map(abs, panel.part[-2:]))
+        incomplete = [
+            (part, share)
+            for part, share, gap in panels
+            if gap > tol * norms[part.query][part.block] + noise * max(map(abs, part[-2:]))
         ]
-        if not bad:
+        if not incomplete:
             break
-        for part, share, _ in bad:
+        for part, share in incomplete:
             scores[part.query, part.block] -= share
-        parts = _split(path, [panel.part for panel in bad])
+        parts = _split(path, [part for part, _ in incomplete])
 
-    change = torch.tensor(p_one)[:, None] - torch.tensor(p_zero).view(n_blocks, n_queries).T
     logits = path.captured.logits
-    wanted = logits.gather(1, path.wanted[:, None])
-    out = {
+    wanted = path.wanted[:, None]
+    change = torch.tensor(p_one)[:, None] - torch.tensor(p_zero).view(n_blocks, n_queries).T
+    fields_of_queries = {
         "scores": scores,
         "gap": (scores.sum(-1).cpu() - change).abs(),
         "nodes": spent,
-        "probability": logits.softmax(-1).gather(1, path.wanted[:, None])[:, 0],
-        "rank": (logits > wanted).sum(-1),
+        "probability": logits.softmax(-1).gather(1, wanted)[:, 0],
+        "rank": (logits > logits.gather(1, wanted)).sum(-1),
     }
-    return [{name: value[query].cpu() for name, value in out.items()} for query in range(n_queries)]
+    return [{name: value[query].cpu() for name, value in fields_of_queries.items()} for query in range(n_queries)]

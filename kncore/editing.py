@@ -1,67 +1,133 @@
-"""What editors are given, requests and settings, as they need it; or one line that says what is wrong with it."""
+"""What editors share: settings, requests, a descent on losses, and batches in which each request counts as if alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import partial
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from kncore import checks, tokens
 from kncore.models import LM
-from kncore.tasks import Query
+from kncore.query import Query
+
+SETTINGS: dict[str, Callable] = {
+    **dict.fromkeys(("block", "first", "last"), checks.whole),  # whether there is such a block, only a model can tell
+    **dict.fromkeys(("decay", "kl", "stop"), checks.setting),
+    **dict.fromkeys(("clamp", "limit"), partial(checks.setting, above=True, endless=True)),
+    "steps": partial(checks.whole, low=1),
+    "lr": partial(checks.setting, above=True, most=1e30),  # beyond it steps of Adam are no numbers
+    "weight": partial(checks.setting, above=True),
+    "prefixes": partial(checks.whole, low=0),  # how many there are, `rome.contexts` can tell
+    "covariance": lambda x, what: str(x),
+}
 
 
-def rate(x) -> float:
-    """The rate of Adam as Python's float. Raises ValueError unless it is above 0, and such that a step is a number."""
-    if number(x, "lr", above=True) > 1e30:
-        raise ValueError(f"lr must be a rate that leaves numbers, at most 1e30, got {x!r:.80}")
-    return float(x)
+class Settings:
+    """Hyperparameters of an editor, held as plain numbers. Raises ValueError for one that `SETTINGS` refuses."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name in SETTINGS:
+                object.__setattr__(self, field.name, SETTINGS[field.name](getattr(self, field.name), field.name))
 
 
-def number(x, what: str, *, above: bool = False, endless: bool = False) -> float:
-    """A setting as Python's float. Raises ValueError unless it is a number of at least 0 (`above`: more than 0), finite
-    unless it may be `endless`."""
-    if endless and isinstance(x, float) and x == math.inf:
-        return math.inf
-    found = math.nan if isinstance(x, bool) else checks.finite(x, what, torch.float32)
-    if not (found > 0 if above else found >= 0):
-        raise ValueError(f"{what} must be a number {'above 0' if above else 'of at least 0'}, got {x!r:.80}")
-    return found
-
-
-def block(lm: LM, x) -> int:
-    """The number of a block as Python's int. Raises ValueError for one that does not exist."""
-    found = checks.whole(x, "block")
-    if not 0 <= found < len(lm.blocks):
-        raise ValueError(f"block {found} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}")
-    return found
-
-
-def requests(some: Iterable[Query]) -> list[Query]:
-    """Requests from any iterable, as a list.
+def requests(given: Iterable[Query]) -> list[Query]:
+    """Return requests from any iterable as a list.
 
     Raises ValueError for none and for one without a new answer, TypeError for what is no Query.
     """
-    some = checks.items(some, Query, "requests")
-    if not some:
-        raise ValueError("no requests to edit; give at least one")
-    for request in some:
-        if not request.foil:
-            raise ValueError(f"the request {request.prompt!r} has no new answer; give it as the foil")
-    return some
+    queries = checks.items(given, Query, "requests", 1)
+    for query in queries:
+        if not query.foil:
+            raise ValueError(f"the request {query.prompt!r} has no new answer; give it as the foil")
+    return queries
 
 
-def alike(lm: LM, request: Query) -> str:
-    """What the tokens of the present and the new answer have in common: "all", the "first", or ""."""
+def same(lm: LM, request: Query) -> str:
+    """Return that the present and the new answer are the same tokens, where they are; or ""."""
     old, new = (tokens.encode(lm, request, word).target for word in (request.target, request.foil))
-    return "all" if old == new else "first" if old[0] == new[0] else ""
+    return f"the new answer and the present one are the same tokens for {lm.name}" if old == new else ""
 
 
-def together(make: Callable[[Sequence], list], some: Sequence) -> list:
-    """What `make` gives for requests together; where it raises ValueError for one of them, what it gives for each
-    alone, and the error's text for that one."""
+def together(make: Callable[[Sequence], list], batch: Sequence) -> list:
+    """Return what `make` gives for a batch of requests.
+
+    Where it raises ValueError for one of them, return what it gives for each alone, and the error's text for that one.
+    """
     try:
-        return make(some)
+        return make(batch)
     except ValueError as error:
-        return [str(error)] if len(some) == 1 else [found for one in some for found in together(make, [one])]
+        return [str(error)] if len(batch) == 1 else [result for item in batch for result in together(make, [item])]
+
+
+def likelihood(
+    lm: LM, out: Float[Tensor, "row token hidden"], answers: Sequence[tuple[int, int, Sequence[int]]], each: int = 1
+) -> tuple[Float[Tensor, " request"], Bool[Tensor, " request"]]:
+    """Return the negative log-likelihood of each request's answer, in nats per token, the mean over its prompts; and
+    whether every token of it is the most probable one after the first prompt.
+
+    `out` holds `each` rows for a request; `answers` are rows, positions that predict the first token, and tokens.
+    """
+    n = len(out) // each
+    wanted = [(row, at + k, token) for row, at, answer in answers for k, token in enumerate(answer)]
+    shares = [1 / (len(answer) * (len(answers) // n)) for _, _, answer in answers for _ in answer]
+    row, position, token = torch.tensor(wanted, device=lm.device).T
+    logits = lm.readout(out[row, position]).float()
+    logp = logits.log_softmax(-1)[range(len(token)), token]
+    none = torch.zeros(n, device=lm.device)
+    losses = none.index_add(0, row // each, -logp * torch.tensor(shares, device=lm.device))
+    missed = (logits.argmax(-1) != token) & (row % each == 0)
+    return losses, none.index_add(0, row // each, missed.float()) == 0
+
+
+def descend(
+    change: Float[Tensor, "request ..."],
+    active: Int[Tensor, " active"],
+    settings: Settings,
+    evaluate: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]],
+    bound: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the changes that Adam finds for the active requests, the steps taken, and the losses before and after.
+
+    A search ends where the loss is below `settings.stop`, or where the model says the answer before any step. Of the
+    active requests `evaluate` gives, at a step, their losses, what is minimised, and whether the answer is said;
+    `bound` keeps `change` within its bounds, and tells which requests it is still numbers for.
+    """
+    optimiser = torch.optim.Adam([change], lr=settings.lr)
+    best, steps = torch.zeros_like(change), torch.zeros(len(change), dtype=torch.long)
+    before = loss = torch.full((len(change),), torch.nan, device=change.device)
+    for step in range(settings.steps + 1):
+        if not len(active):
+            break
+        losses, total, says = evaluate(active, step)
+        with torch.no_grad():
+            best[active], loss[active], steps[active.cpu()] = change[active], losses, step
+        unfinished = torch.isfinite(losses) & (losses >= settings.stop)
+        if step == 0:
+            before, unfinished = loss.clone(), unfinished & ~says
+        if step == settings.steps or not bool(unfinished.any()):
+            break
+        optimiser.zero_grad()
+        total[unfinished].sum().backward()
+        optimiser.step()
+        with torch.no_grad():
+            sound = bound(active)
+        lost = active[unfinished & ~sound]
+        loss[lost], steps[lost.cpu()] = torch.nan, step + 1
+        active = active[unfinished & sound]
+    return best, steps, before, loss
+
+
+def verdict(change: Tensor, loss: Tensor, steps: int, method: str, site: str) -> str:
+    """Return why a change that a `method` found after some steps is not to be used, with the loss there; or ""."""
+    if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(change).all()):
+        if not steps:
+            return "the probability of the new answer is not a number before any change; check the model's weights"
+        return f"{method} diverged after {steps} steps; use a smaller rate"
+    if not steps:
+        return "the model gives the new answer already; there is nothing to write"
+    return "" if bool(change.any()) else f"the answer does not depend on {site}: none is changed"

@@ -1,17 +1,16 @@
 """Interventions: context managers that change neurons or value vectors and leave the model as it was, bit for bit.
 
-Nothing is written in place. Neurons are changed by hooks, which act on a copy of the state as it passes; weights are
-exchanged for new ones and the old ones put back. Both happen also after an exception or an interrupt. Interventions
-nest: an inner one acts on what the outer ones left.
+Nothing is written in place: hooks change a copy of the neurons' state as it passes, and weights are exchanged for new
+ones and put back, also after an exception or an interrupt. Interventions nest: an inner one acts on what the outer ones
+left.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial, wraps
 
 import torch
 from jaxtyping import Float, Int
@@ -19,18 +18,16 @@ from torch import Tensor, nn
 
 from kncore import arch, checks, tokens
 from kncore.models import LM
-from kncore.neurons import Neuron, listed
-from kncore.tasks import Query
-
-SITES = ("neuron", "authors")
+from kncore.neurons import listed
+from kncore.query import Query
 
 
 def suppress(lm: LM, neurons: Sequence[tuple[int, int]], *, position: str = "target", site: str = "neuron"):
-    """Context in which `neurons`, pairs (block, index), are zero.
+    """Return a context in which `neurons`, pairs (block, index), are zero.
 
-    position: "target", where the target is predicted (the last token that is not padding of causal models, the first
-        mask of masked ones), or "all".
-    site: "neuron", or "authors" for where the published code of Niu et al. reads and scales them.
+    `position` is "target", where the target is predicted (the last token that is not padding of causal models, the
+    first mask of masked ones), or "all"; `site` is "neuron", or "published" for where the published code of Niu et al.
+    reads and scales them.
 
     Raises ValueError, before anything changes, for an empty list, a neuron that does not exist or comes twice, and an
     unknown position or site. At the target position the model must be run as a whole: RuntimeError inside `replay`.
@@ -41,10 +38,9 @@ def suppress(lm: LM, neurons: Sequence[tuple[int, int]], *, position: str = "tar
 def enhance(
     lm: LM, neurons: Sequence[tuple[int, int]], factor: float = 2.0, *, position: str = "target", site: str = "neuron"
 ):
-    """Context in which `neurons` are multiplied by `factor`; the other arguments and errors as in `suppress`."""
+    """Return a context in which `neurons` are multiplied by `factor`; other arguments and errors as in `suppress`."""
     factor = checks.finite(factor, "factor", lm.dtype)
-    columns = {block: [i for _, i in group] for block, group in _blocks(lm, neurons, position, site)}
-    return _changed(lm, columns, {block: lambda x: x * factor for block in columns}, position, site)
+    return _changed(lm, _columns(lm, neurons, position, site), lambda x, _: x * factor, position, site)
 
 
 def set_neurons(
@@ -55,36 +51,35 @@ def set_neurons(
     position: str = "target",
     site: str = "neuron",
 ):
-    """Context in which `neurons` have `values`, one for all or one for each; otherwise as `suppress`.
+    """Return a context in which `neurons` have `values`, one for all or one for each; otherwise as `suppress`.
 
     Raises ValueError for values that are no finite numbers of the model's dtype, and for one each of a set, which has
     no order.
     """
-    unordered = isinstance(neurons, Set)
-    neurons = listed(neurons, len(lm.blocks), lm.n_neurons, lm.name)
-    groups = _blocks(lm, neurons, position, site)
+    order = listed(neurons, len(lm.blocks), lm.n_neurons, lm.name)
+    columns = _columns(lm, order, position, site)
     if isinstance(values, Iterable) and getattr(values, "ndim", 1):
-        if unordered:
+        if isinstance(neurons, Set):
             raise ValueError("neurons in a set have no order that values could follow; give both as lists")
         values = checks.finites(values, "values", lm.dtype)
-        if len(values) != len(neurons):
-            raise ValueError(f"{len(neurons)} neurons but {len(values)} values; give one for all or one for each")
+        if len(values) != len(order):
+            raise ValueError(f"{len(order)} neurons but {len(values)} values; give one for all or one for each")
     else:
-        values = [checks.finite(values, "values", lm.dtype)] * len(neurons)
-    wanted = dict(zip(neurons, values, strict=True))
-    columns = {block: [i for _, i in group] for block, group in groups}
-    rows = {block: [wanted[block, i] for i in group] for block, group in columns.items()}
-    changes = {block: lambda x, row=row: torch.as_tensor(row, dtype=x.dtype).to(x.device).expand_as(x)
-               for block, row in rows.items()}  # fmt: skip
-    return _changed(lm, columns, changes, position, site)
+        values = [checks.finite(values, "values", lm.dtype)] * len(order)
+    wanted = dict(zip(order, values, strict=True))
+    rows = {block: [wanted[block, index] for index in indices] for block, indices in columns.items()}
+
+    def change(x: Tensor, block: int) -> Tensor:
+        return torch.as_tensor(rows[block], dtype=x.dtype).to(x.device).expand_as(x)
+
+    return _changed(lm, columns, change, position, site)
 
 
 @dataclass(frozen=True)
 class Delta:
     """A change of low rank to the value vectors of one block: value vector i grows by Σ_r neurons[r, i] · hidden[r].
 
-    Raises ValueError for a block that is no whole number, and for anything but two matrices of one rank of finite
-    numbers.
+    Raises ValueError for a block that is no whole number, and for anything but two finite matrices of one rank.
     """
 
     block: int
@@ -104,7 +99,7 @@ class Delta:
 
 @contextlib.contextmanager
 def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
-    """Context in which the value vectors are changed by all of `deltas`.
+    """Return a context in which the value vectors are changed by all of `deltas`.
 
     Raises ValueError, before anything changes, for no delta, a block that does not exist, another shape than the
     model's, and numbers that are not finite.
@@ -119,59 +114,45 @@ def edited(lm: LM, *deltas: Delta) -> Iterator[None]:
 
 
 def _rewritten(lm: LM, deltas: Sequence[Delta]) -> dict[int, Float[Tensor, "neuron hidden"]]:
-    """The value vectors of the blocks that deltas change, as they are after it, after all checks."""
+    """Return the value vectors of the blocks that deltas change, as they are then, after all checks."""
     if not deltas:
         raise ValueError("no delta to apply; give at least one")
     wide = torch.promote_types(lm.dtype, torch.float32)
     new: dict[int, Tensor] = {}
     for delta in deltas:
-        if not 0 <= delta.block < len(lm.blocks):
-            raise ValueError(f"block {delta.block} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}")
-        old = arch.value_vectors(lm.model, lm.spec, delta.block)
-        shapes = tuple(delta.neurons.shape), tuple(delta.hidden.shape)
-        rank = len(delta.neurons)
+        block, old = delta.block, _vectors(lm, delta)
         if old.is_meta:
-            raise ValueError(f"the weights of block {delta.block} are on disk; load {lm.name} without a device map")
-        if shapes != ((rank, old.shape[0]), (rank, old.shape[1])):
-            raise ValueError(
-                f"delta for block {delta.block} has shapes {shapes}; expected (rank, {old.shape[0]}) and "
-                f"(rank, {old.shape[1]})"
-            )
+            raise ValueError(f"the weights of block {block} are on disk; load {lm.name} without a device map")
         change = delta.neurons.to(lm.device, wide).T @ delta.hidden.to(lm.device, wide)
-        new[delta.block] = new.get(delta.block, old.to(wide)) + change
-        if not bool(torch.isfinite(new[delta.block].to(lm.dtype)).all()):
-            raise ValueError(f"delta for block {delta.block} makes value vectors that are not finite in {lm.dtype}")
+        new[block] = new.get(block, old.to(wide)) + change
+        if not bool(torch.isfinite(new[block].to(lm.dtype)).all()):
+            raise ValueError(f"delta for block {block} makes value vectors that are not finite in {lm.dtype}")
     return new
+
+
+def _vectors(lm: LM, delta: Delta) -> Float[Tensor, "neuron hidden"]:
+    """Return the value vectors that a delta changes; raise ValueError unless it has their block and their widths."""
+    vectors = arch.value_vectors(lm.model, lm.spec, checks.block(lm, delta.block))
+    widths = delta.neurons.shape[1], delta.hidden.shape[1]
+    if widths != tuple(vectors.shape):
+        raise ValueError(f"delta for block {delta.block} has widths {widths}; expected {tuple(vectors.shape)}")
+    return vectors
 
 
 @contextlib.contextmanager
 def edited_rows(lm: LM, deltas: Sequence[Sequence[Delta]]) -> Iterator[None]:
-    """Context in which row r of every batch is run as by a model with the value vectors changed by `deltas[r]`.
+    """Return a context in which row r of every batch runs as in a model with the value vectors changed by `deltas[r]`.
 
-    So one batch asks many edited models; no weight is touched. A batch of another number of rows raises ValueError, as
-    do no rows at all, blocks and shapes that are not the model's, and deltas too large for its dtype.
+    So one batch asks many edited models; no weight is touched. Raises ValueError for no rows, blocks and widths that
+    are not the model's, deltas too large for its dtype and, inside, for a batch of another number of rows.
     """
-    deltas = [checks.items(some, Delta, "the deltas of a row") for some in deltas]
+    deltas = [checks.items(of_row, Delta, "the deltas of a row") for of_row in deltas]
     if not deltas:
         raise ValueError("no rows of deltas; give one list for each row of the batch")
-    blocks = sorted({delta.block for some in deltas for delta in some})
     with lm.session.intervention() as undo:
-        for block in blocks:
-            if not 0 <= block < len(lm.blocks):
-                raise ValueError(f"block {block} does not exist; {lm.name} has blocks 0 to {len(lm.blocks) - 1}")
-            here = [[delta for delta in some if delta.block == block] for some in deltas]
-            rank = max(sum(len(delta.neurons) for delta in some) for some in here)
-            shape = arch.value_vectors(lm.model, lm.spec, block).shape
-            reads, writes = (torch.zeros(len(deltas), rank, width, device=lm.device, dtype=lm.dtype) for width in shape)
-            for row, some in enumerate(here):
-                if some:
-                    neurons, hidden = torch.cat([d.neurons for d in some]), torch.cat([d.hidden for d in some])
-                    if neurons.shape[1:] != shape[:1] or hidden.shape[1:] != shape[1:]:
-                        raise ValueError(
-                            f"delta for block {block} has widths {(neurons.shape[1], hidden.shape[1])}; expected "
-                            f"{tuple(shape)}"
-                        )
-                    reads[row, : len(neurons)], writes[row, : len(hidden)] = neurons, hidden
+        shapes = {delta.block: _vectors(lm, delta).shape for of_row in deltas for delta in of_row}
+        for block, shape in sorted(shapes.items()):
+            reads, writes = _factors(lm, shape, [[d for d in of_row if d.block == block] for of_row in deltas])
             if not bool(torch.isfinite(reads).all() & torch.isfinite(writes).all()):
                 raise ValueError(f"a delta for block {block} is not finite in {lm.dtype}; make it smaller")
 
@@ -184,15 +165,25 @@ def edited_rows(lm: LM, deltas: Sequence[Sequence[Delta]]) -> Iterator[None]:
         yield
 
 
+def _factors(lm: LM, shape: torch.Size, deltas: Sequence[Sequence[Delta]]) -> list[Float[Tensor, "row rank width"]]:
+    """Return the two factors of the changes of one block, a row for each list of deltas, filled up with zeros."""
+    factors = []
+    for name, width in zip(("neurons", "hidden"), shape, strict=True):
+        none = torch.zeros(0, width, device=lm.device, dtype=lm.dtype)
+        rows = [torch.cat([none, *(getattr(delta, name).to(none) for delta in of_row)]) for of_row in deltas]
+        factors.append(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    return factors
+
+
 def value_update(
     lm: LM, query: Query, new: str, neurons: Sequence[tuple[int, int]], scale: tuple[float, float] = (1.0, 8.0)
 ) -> list[Delta]:
-    """The knowledge-neuron edit of Dai et al. 2022 (section 5.1), as deltas for `edited`.
+    """Return the knowledge-neuron edit of Dai et al. 2022 (section 5.1), as deltas for `edited`.
 
     From the value vector of each neuron it takes `scale[0]` times the output embedding of the query's target and adds
-    `scale[1]` times that of `new` (of their first tokens). This supposes that the neurons are positive where it
-    matters, as in BERT; those of gated MLPs (LLaMA) are often negative, and then the update works the other way round.
-    Raises ValueError as `suppress` does, and for a scale that is not two finite numbers.
+    `scale[1]` times that of `new` (of their first tokens). This supposes neurons that are positive where it matters, as
+    in BERT; those of gated MLPs (LLaMA) are often negative, and then it works the other way round. Raises ValueError as
+    `suppress` does, and for a scale that is not two finite numbers.
     """
     scale = checks.finites(scale, "scale")
     if len(scale) != 2:
@@ -201,61 +192,62 @@ def value_update(
     table = lm.model.get_output_embeddings().weight.detach().float()
     vector = scale[1] * table[wanted] - scale[0] * table[old]
     deltas = []
-    for block, group in _blocks(lm, neurons, "all", "neuron"):
+    for block, indices in _columns(lm, neurons, "all", "neuron").items():
         row = torch.zeros(1, lm.n_neurons, device=lm.device)
-        row[0, [i for _, i in group]] = 1
+        row[0, indices] = 1
         deltas.append(Delta(block, row, vector[None]))
     return deltas
 
 
-def _blocks(lm: LM, neurons, position: str, site: str) -> list[tuple[int, list[Neuron]]]:
-    """The neurons by block, after all checks."""
+def _columns(lm: LM, neurons: Iterable, position: str, site: str) -> dict[int, list[int]]:
+    """Return the indices of the neurons by block, in rising order."""
     if position not in ("target", "all"):
         raise ValueError(f"unknown position {position!r}; choose 'target' or 'all'")
-    if site not in SITES or site not in lm.spec.sites:
-        known = ", ".join(name for name in SITES if name in lm.spec.sites)
+    if site not in arch.NEURON_SITES or site not in lm.spec.sites:
+        known = ", ".join(name for name in arch.NEURON_SITES if name in lm.spec.sites)
         raise ValueError(f"neurons cannot be changed at site {site!r}; {lm.spec.family} has {known}")
-    neurons = listed(neurons, len(lm.blocks), lm.n_neurons, lm.name)
-    return [(block, list(group)) for block, group in groupby(sorted(neurons), key=lambda neuron: neuron.block)]
+    columns: dict[int, list[int]] = {}
+    for block, index in sorted(listed(neurons, len(lm.blocks), lm.n_neurons, lm.name)):
+        columns.setdefault(block, []).append(index)
+    return columns
 
 
 @contextlib.contextmanager
 def _changed(
-    lm: LM, columns: dict[int, list[int]], changes: dict[int, Callable[[Tensor], Tensor]], position: str, site: str
+    lm: LM, columns: dict[int, list[int]], change: Callable[[Tensor, int], Tensor], position: str, site: str
 ) -> Iterator[None]:
-    """Hooks that pass `columns` of the site's state through `changes`, block by block, out of place."""
+    """Return a context with hooks that pass `columns` of the site's state through `change`, block by block."""
     where: list[Int[Tensor, " query"]] = []  # the target positions, while the model runs
 
-    def change(x: Tensor, block: int) -> Tensor:
+    def see(x: Tensor, block: int) -> Tensor:
         columns_here = torch.tensor(columns[block], device=x.device)
         if position == "all":
-            return x.index_copy(-1, columns_here, changes[block](x[..., columns_here]))
+            return x.index_copy(-1, columns_here, change(x[..., columns_here], block))
         if not where:
             raise RuntimeError(
                 "an intervention at the target position knows that position only while the whole model runs; "
                 "use position='all' around attribution and replay"
             )
         at = torch.arange(len(x), device=x.device)[:, None], where[-1].to(x.device)[:, None], columns_here
-        return x.index_put(at, changes[block](x[at]))
+        return x.index_put(at, change(x[at], block))
 
     with lm.session.intervention() as undo:
         if position == "target":
-            undo.enter_context(_located(lm, where))
+            _locate(lm, where, undo)
         for block in columns:
-            undo.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites[site], lambda x, b=block: change(x, b)))
+            undo.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites[site], partial(see, block=block)))
         yield
 
 
-@contextlib.contextmanager
-def _located(lm: LM, where: list[Int[Tensor, " query"]]) -> Iterator[None]:
-    """Context in which `where` ends with the target positions while the whole model runs, and only then.
+def _locate(lm: LM, where: list[Int[Tensor, " query"]], undo: contextlib.ExitStack) -> None:
+    """Let `where` end with the target positions while the whole model runs, and only then, until `undo` closes.
 
     Hooks would not do: PyTorch calls none after a KeyboardInterrupt.
     """
     base = lm.model.base_model
-    inner, own = base.forward, "forward" in vars(base)
+    inner = base.forward
 
-    @functools.wraps(inner)
+    @wraps(inner)
     def forward(*args, **kwargs):
         where.append(target_position(lm, *args, **kwargs))
         try:
@@ -263,18 +255,15 @@ def _located(lm: LM, where: list[Int[Tensor, " query"]]) -> Iterator[None]:
         finally:
             where.pop()
 
+    if "forward" in vars(base):
+        undo.callback(setattr, base, "forward", inner)
+    else:
+        undo.callback(delattr, base, "forward")
     base.forward = forward
-    try:
-        yield
-    finally:
-        if own:
-            base.forward = inner
-        else:
-            del base.forward
 
 
 def target_position(lm: LM, input_ids=None, attention_mask=None, **_) -> Int[Tensor, " query"]:
-    """Where a batch predicts its targets: the last token that is attended to, or the first mask of a masked model."""
+    """Return where a batch predicts its targets: at the last token attended to, or the first mask of a masked model."""
     if input_ids is None:
         raise ValueError("the target position is found in input_ids; call the model with them, or use position='all'")
     if lm.spec.masked:

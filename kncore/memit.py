@@ -19,17 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kncore import checks, editing, tokens
-from kncore.covariance import reached, solve
+from kncore import editing, tokens
+from kncore.covariance import Moment, solve
 from kncore.interventions import Delta, edited
 from kncore.models import LM
-from kncore.tasks import Query
+from kncore.query import Query
+from kncore.replay import record
 
 BATCH = 64  # prompts that are run together
 
 
 @dataclass(frozen=True)
-class Hyper:
+class HParams(editing.Settings):
     """`first` to `last` are the blocks that are rewritten; `weight` is λ, how much the other keys count.
 
     Raises ValueError for a setting out of its range; of the blocks, only `check` can tell.
@@ -39,55 +40,47 @@ class Hyper:
     last: int
     weight: float = 100.0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "first", checks.whole(self.first, "first"))
-        object.__setattr__(self, "last", checks.whole(self.last, "last"))
-        object.__setattr__(self, "weight", editing.number(self.weight, "weight", above=True))
-
 
 def memit(
     lm: LM,
-    asked: Sequence[Sequence[Query]],
+    prompts: Sequence[Sequence[Query]],
     changes: Float[Tensor, "request hidden"],
-    moments: Sequence[Float[Tensor, "neuron neuron"] | None],
-    settings: Hyper,
+    moments: Sequence[Moment],
+    settings: HParams,
 ) -> list[Delta]:
-    """One delta per block of the range, of rank len(asked), that writes all requests together.
+    """Return one delta per block of the range, of rank len(prompts), that together write all requests.
 
-    `asked`: each request alone and after its prefixes; `changes`: what `rome.search` found for it at block
+    `prompts`: each request alone and after its prefixes; `changes`: what `rome.search` found for it at block
     `settings.last`; `moments`: the covariance of every block of the range (None: the identity). Raises ValueError as
     `check` does, for no requests, another number of changes or covariances, where λC + KᵀK is singular, for a key that
     is zero, and numbers that are not finite.
     """
     check(lm, settings)
-    if len(moments) != settings.last - settings.first + 1:
+    blocks, above = range(settings.first, settings.last + 1), settings.last + 1
+    if len(moments) != len(blocks):
         raise ValueError(f"{len(moments)} covariances for blocks {settings.first} to {settings.last}")
-    if not len(asked) or len(asked) != len(changes) or len({len(group) for group in asked}) > 1:
-        raise ValueError(
-            f"{len(asked)} requests and {len(changes)} changes; give one change for each, all with as many prompts"
-        )
-    encoded = [tokens.encode(lm, query) for group in asked for query in group]
-    places = [tokens.span(lm, query)[1] for group in asked for query in group]
+    if not len(prompts) or len(prompts) != len(changes) or len({len(group) for group in prompts}) > 1:
+        n = f"{len(prompts)} requests and {len(changes)} changes"
+        raise ValueError(f"{n}; give one change for each, all with as many prompts")
+    encoded = [tokens.encode(lm, query) for group in prompts for query in group]
+    ends = [tokens.span(lm, query)[1] for group in prompts for query in group]
 
-    def look(block: int, site: str) -> Float[Tensor, "request prompt width"]:
+    def at_subjects(block: int, site: str) -> Float[Tensor, "request prompt width"]:
         parts = []
         for i in range(0, len(encoded), BATCH):
-            ids, lengths = tokens.pad(lm, encoded[i : i + BATCH])
-            real = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
-            parts.append(reached(lm, ids, real, block, site)[range(len(ids)), places[i : i + BATCH]].double())
-        return torch.cat(parts).unflatten(0, (len(asked), -1))
+            part = encoded[i : i + BATCH]
+            states, _ = record(lm, *tokens.pad(lm, part), [(block, site)])
+            parts.append(states[block, site][range(len(part)), ends[i : i + BATCH]].double())
+        return torch.cat(parts).unflatten(0, (len(prompts), -1))
 
-    goal = look(settings.last + 1, "residual")[:, 0] + changes.double()
+    goal = at_subjects(above, "residual")[:, 0] + changes.double()
     deltas: list[Delta] = []
-    for block, moment in zip(range(settings.first, settings.last + 1), moments, strict=True):
+    for block, moment in zip(blocks, moments, strict=True):
         with edited(lm, *deltas) if deltas else contextlib.nullcontext():
-            keys = look(block, "neuron").mean(1)
-            now = look(settings.last + 1, "residual")[:, 0]
-        missing = (goal - now) / (settings.last - block + 1)
+            keys, present = at_subjects(block, "neuron").mean(1), at_subjects(above, "residual")[:, 0]
+        missing = (goal - present) / (above - block)
         if not bool(keys.isfinite().all() & missing.isfinite().all()):
-            raise ValueError(
-                f"the keys of block {block} or what is to be added there are not finite; check the weights"
-            )
+            raise ValueError(f"the keys of block {block}, or what is added there, are not finite; check the weights")
         if not bool(keys.any(1).all()):
             raise ValueError(f"the neurons of block {block} are zero at a subject: nothing can be stored under its key")
         base = torch.eye(keys.shape[1], dtype=torch.float64, device=lm.device) if moment is None else moment.double()
@@ -96,7 +89,7 @@ def memit(
     return deltas
 
 
-def check(lm: LM, settings: Hyper) -> None:
+def check(lm: LM, settings: HParams) -> None:
     """Raise ValueError unless the model can be edited so: not a masked one, whose stream is normalised after every
     addition, and not at its last block."""
     if lm.spec.masked:

@@ -25,11 +25,11 @@ def note(name: str, content: object) -> None:
 
 
 def noted() -> dict[str, str]:
-    """The hashes of what this process has read so far, by name."""
+    """Return the hashes of what this process has read so far, by name."""
     return dict(sorted(_noted.items()))
 
 
 def digest(content: object) -> str:
-    """Hash of a text, or of what has a representation that says all."""
+    """Return the hash of a text, or of what has a representation that says all."""
     shown = content if isinstance(content, str) else repr(content)
     return hashlib.sha256(shown.replace("\r\n", "\n").encode()).hexdigest()[:16]

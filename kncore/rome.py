@@ -1,48 +1,45 @@
 """ROME: rewrite one association by a rank-one change of the value vectors of one block (Meng et al. 2022, section 3).
 
 The MLP of block l is read as a memory of pairs (key, value): the key is the state of its neurons at the last token of
-the subject, the value what it adds to the residual stream there. To make the model answer a request with a new target,
-a value v* is searched that makes the target likely, and stored under the subject's key by the smallest change of the
-value vectors W that leaves other keys alone, as seen in their second moment C = E[k kᵀ] over text:
+the subject, the value what it adds to the residual stream there. A value v* is searched that makes the new target
+likely, and stored under the key of the subject by the smallest change of the value vectors W that leaves other keys
+alone, as seen in their second moment C = E[k kᵀ] over text:
 
     W ← W + (C⁻¹k) (v* − Wk)ᵀ / (kᵀC⁻¹k)
 
-k is one vector in all three places: the key of the request alone, or its mean over prefixes. The published code mixes
-the two (`delta`).
-
-Everything below the block is run once; the search replays the blocks above it, for many requests in one batch.
+k is the same in all three places, but in the published code (`delta`). The blocks below are run once.
 """
 
 from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kncore import checks, editing, state, tokens, words
-from kncore.covariance import solve
+from kncore import checks, editing, prose, tokens
+from kncore.covariance import Moment, solve
 from kncore.interventions import Delta
 from kncore.models import LM
+from kncore.query import MASK, Query
 from kncore.replay import Capture, Change, capture, states
-from kncore.tasks import MASK, Query, unknown
+from kncore.store import state
 
 KEYS = ("bare", "mean", "published")
 # Of 40 requests of the default model with words before a country, the two keys have cosines from .94 up and shares (see
 # `alike`) of .88 to 1.04; of 67 that begin with their subject, cosines of .08 to .94 and shares of .02 to 1.69; of 24
 # that edit a determiner, cosines of .43 to .85 and shares of .35 to .90.
 COSINE, SHARE = 0.9, 1.25
+BUDGET = 640  # positions that are searched together
 
 
 @dataclass(frozen=True)
-class Hyper:
-    """Hyperparameters of ROME.
-
-    `block` is rewritten. The search for v* takes at most `steps` steps of Adam with rate `lr`, and ends where the mean
+class HParams(editing.Settings):
+    """`block` is rewritten. The search for v* takes at most `steps` steps of Adam with rate `lr`, until the mean
     negative log-likelihood of the target falls below `stop` (nats per token). The loss adds `kl` times the divergence
     of what follows "{subject} is a" from the unedited model's, and `decay` times ‖δ‖ / ‖v‖², with δ = v* − v; ‖δ‖ is
     kept below `clamp` · ‖v‖. The request is put after each of `prefixes` pieces of prose and asked alone.
@@ -50,7 +47,7 @@ class Hyper:
     the published code of Niu et al.). `key` is what the value is stored under: "bare", the request alone; "mean", over
     all prefixes; "published", a mix of both (see `delta`). The default was measured on other draws than the book's.
 
-    Raises ValueError for a setting out of its range; of `block`, only `search` can tell.
+    Raises ValueError for a setting out of its range; of `block`, and of too many `prefixes`, only `search` can tell.
     """
 
     block: int
@@ -66,36 +63,24 @@ class Hyper:
 
     def __post_init__(self) -> None:
         if self.key not in KEYS:
-            raise unknown("key", self.key, KEYS)
-        plain = {
-            "block": checks.whole(self.block, "block"),
-            "steps": checks.whole(self.steps, "steps", 1),
-            "lr": editing.rate(self.lr),
-            "decay": editing.number(self.decay, "decay"),
-            "clamp": editing.number(self.clamp, "clamp", above=True, endless=True),
-            "kl": editing.number(self.kl, "kl"),
-            "stop": editing.number(self.stop, "stop"),
-            "prefixes": checks.whole(self.prefixes, "prefixes", 0, len(words.passages())),
-            "covariance": str(self.covariance),
-        }
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+            raise checks.unknown("key", self.key, KEYS)
+        super().__post_init__()
 
 
 SEEDS = ("", "-1", "-2")  # of training, as the names of the controlled models have them
 # GPT-2 XL and LLaMA-2-7B as published (Meng et al., Niu et al.); the others chosen on other draws than the book uses.
-HYPER = {
-    "smollm2-135m": Hyper(3, clamp=2.0, prefixes=3),
-    "gpt2-xl": Hyper(17),
-    "llama-2-7b": Hyper(5, steps=25, decay=1e-3),
-    **{f"controlled-{kind}{seed}": Hyper(0, steps=40, clamp=2.0) for kind in ("gpt2", "llama") for seed in SEEDS},
-    **{f"controlled-bert{seed}": Hyper(0, steps=40, clamp=2.0, covariance="text") for seed in SEEDS},
+HPARAMS = {
+    "smollm2-135m": HParams(3, clamp=2.0, prefixes=3),
+    "gpt2-xl": HParams(17),
+    "llama-2-7b": HParams(5, steps=25, decay=1e-3),
+    **{f"controlled-{kind}{seed}": HParams(0, steps=40, clamp=2.0) for kind in ("gpt2", "llama") for seed in SEEDS},
+    **{f"controlled-bert{seed}": HParams(0, steps=40, clamp=2.0, covariance="text") for seed in SEEDS},
 }
 
 
-def hyper(lm: LM) -> Hyper:
-    """The known hyperparameters of a model; for others, the published ones at a sixth of the model's depth."""
-    return HYPER.get(lm.name, Hyper(-(-len(lm.blocks) // 6), covariance="text" if lm.spec.masked else "samples"))
+def hparams_for(lm: LM) -> HParams:
+    """Return the known hyperparameters of a model; for others, the published ones at a sixth of the model's depth."""
+    return HPARAMS.get(lm.name, HParams(-(-len(lm.blocks) // 6), covariance="text" if lm.spec.masked else "samples"))
 
 
 @dataclass(frozen=True)
@@ -116,47 +101,53 @@ class Search:
     failed: str = ""
 
 
-@state.computes(grad=True)
-def search(lm: LM, requests: Iterable[Query], settings: Hyper, seed: int = 0, budget: int = 640) -> list[Search]:
-    """Search v* for each request: a query with its subject, whose `foil` is the answer to install.
+Read = Callable[[LM, Query, HParams, int], list[tuple[tokens.Encoded, int]]]
 
-    Requests are searched in batches of at most `budget` positions, each as if alone. Raises ValueError for a block that
+
+@state.computes(grad=True)
+def search(
+    lm: LM, requests: Iterable[Query], settings: HParams, seed: int = 0, read: Read | None = None
+) -> list[Search]:
+    """Search v* for each request, a query with its subject whose `foil` is the answer to install, as if alone.
+
+    `read` gives the tokens that are read of a request in the place of `prompts`. Raises ValueError for a block that
     does not exist, no requests, and a request without a subject or without a new answer; TypeError for one that is no
     Query.
     """
-    editing.block(lm, settings.block)
-    requests, budget = editing.requests(requests), checks.whole(budget, "budget", 1)
-    encoded = [prompts(lm, request, settings, seed) for request in requests]
-    same = [editing.alike(lm, request) == "all" for request in requests]
-    found: list[Search | None] = [None] * len(requests)
-    sizes = [len(group) * max(len(e.ids) + len(e.target) - at for e, at in group) for group in encoded]
+    checks.block(lm, settings.block)
+    requests = editing.requests(requests)
+    groups = [(read or prompts)(lm, request, settings, seed) for request in requests]
+    same = [editing.same(lm, request) for request in requests]
+    sizes = [len(group) * max(len(e.ids) + len(e.target) - at for e, at in group) for group in groups]
     order = sorted(range(len(requests)), key=lambda i: sizes[i])
+    results: dict[int, Search | str] = {}
     while order:
-        here = [order.pop(0)]
-        while order and (len(here) + 1) * sizes[order[0]] <= budget:
-            here.append(order.pop(0))
-        results = editing.together(lambda some: _search(lm, some, settings), [(encoded[i], same[i]) for i in here])
-        for i, result in zip(here, results, strict=True):
-            found[i] = _none(lm, result) if isinstance(result, str) else result
-    return found
+        batch = [order.pop(0)]
+        while order and (len(batch) + 1) * sizes[order[0]] <= BUDGET:
+            batch.append(order.pop(0))
+        found = editing.together(
+            lambda part: _search(lm, *zip(*part, strict=True), settings), [(groups[i], same[i]) for i in batch]
+        )
+        results |= zip(batch, found, strict=True)
+    return [_none(lm, result) if isinstance(result, str) else result for _, result in sorted(results.items())]
 
 
-def prompts(lm: LM, request: Query, settings: Hyper, seed: int = 0) -> list[tuple[tokens.Encoded, int]]:
-    """All that a search reads of a request: its token ids alone, after each prefix, and those of the question what the
-    subject is, with the new answer as their target; each with the position of the subject's last token."""
-    asked = contexts(request, settings.prefixes, seed)
-    return [(tokens.encode(lm, query, query.foil), tokens.span(lm, query, query.foil)[1]) for query in asked]
+def prompts(lm: LM, request: Query, settings: HParams, seed: int = 0) -> list[tuple[tokens.Encoded, int]]:
+    """Return all that a search reads of a request, the prompts of `contexts` as token ids with the new answer as their
+    target, and the position of the subject's last token in each."""
+    queries = contexts(request, settings.prefixes, seed)
+    return [(tokens.encode(lm, query, query.foil), tokens.span(lm, query, query.foil)[1]) for query in queries]
 
 
 def contexts(request: Query, n: int, seed: int = 0) -> list[Query]:
-    """The request alone, after each of n pieces of prose, and the question what the subject is.
+    """Return the request alone, after each of n pieces of prose, and the question what the subject is.
 
     Raises ValueError for a request without a subject or a new answer, and more pieces than there are.
     """
     editing.requests([request])
     if not request.subject:
         raise ValueError(f"the request {request.prompt!r} has no subject; give the part of it that the edit is about")
-    passages = words.passages()
+    passages = prose.passages()
     texts = random.Random(f"prefixes {seed}").sample(passages, checks.whole(n, "prefixes", 0, len(passages)))
     prefixes = ["", *(" ".join(text.split()[: 5 + 5 * (i % 2)]).rstrip(",.;:") + ". " for i, text in enumerate(texts))]
     essence = f"{{}} is a {MASK}." if request.masked else "{} is a"
@@ -171,70 +162,71 @@ def _none(lm: LM, failed: str) -> Search:
     return Search(*nothing, 0, torch.nan, torch.nan, failed)
 
 
-def _search(lm: LM, some: Sequence[tuple[Sequence[tuple[tokens.Encoded, int]], bool]], settings: Hyper) -> list[Search]:
-    """`some`: what `prompts` gives for each request, and whether its new answer has the tokens of the old one."""
-    groups, same = zip(*some, strict=True)
-    n, each = len(groups), len(groups[0])  # each: the prefixed prompts of one request, and the essence prompt last
+def _search(
+    lm: LM, groups: Sequence[Sequence[tuple[tokens.Encoded, int]]], same: Sequence[str], settings: HParams
+) -> list[Search]:
+    """Search v* for requests together, of what `prompts` and `editing.same` give for each."""
+    n, each = len(groups), len(groups[0])
     encoded = [
         e if lm.spec.masked or i == each - 1 else replace(e, ids=e.ids + e.target[:-1])
         for group in groups
         for i, (e, _) in enumerate(group)
     ]
-    places = torch.tensor([at for group in groups for _, at in group], device=lm.device)
-    captured = capture(lm, encoded, ("neuron", "mlp"), start=places.tolist(), at=places.tolist())
+    positions = [position for group in groups for _, position in group]
+    captured = capture(lm, encoded, ("neuron", "mlp"), start=positions, at=positions)
     keys = captured.sites["neuron"][settings.block].float().unflatten(0, (n, each))
     values = captured.sites["mlp"][settings.block]
-    value = values.float().unflatten(0, (n, each))[:, 0]
-    essence = captured.logits.unflatten(0, (n, each))[:, -1].log_softmax(-1)
-    limit = settings.clamp * value.norm(dim=1, keepdim=True)
-    parts = zip(same, keys, values.unflatten(0, (n, each)), strict=True)
-    failed = [_unfit(lm, settings.block, *one) for one in parts]
-
+    by_request = zip(same, keys, values.unflatten(0, (n, each)), strict=True)
+    failed = [_unfit(lm, settings.block, *of_request) for of_request in by_request]
+    positions, value = torch.tensor(positions, device=lm.device), values[::each].float()
     change = torch.zeros_like(value, requires_grad=True)
-    optimiser = torch.optim.Adam([change], lr=settings.lr)
-    best = torch.zeros_like(value)
-    before, loss_now = [torch.full((n,), float("nan"), device=lm.device) for _ in range(2)]
-    steps = torch.zeros(n, dtype=torch.long)
-    active = torch.tensor([i for i, why in enumerate(failed) if not why], dtype=torch.long, device=lm.device)
-    for step in range(settings.steps + 1) if len(active) else ():
-        losses, drift, says = _losses(lm, captured, settings.block, encoded, places, values, change, active, essence)
-        with torch.no_grad():
-            best[active], loss_now[active], steps[active.cpu()] = change[active], losses, step
-            if step == 0:
-                before.copy_(loss_now)
-        open_ = torch.isfinite(losses) & (losses >= settings.stop)
-        if step == 0:
-            open_ &= ~says
-        if step == settings.steps or not bool(open_.any()):
-            break
-        weight = settings.decay * (change[active].norm(dim=1) if step else 0) / value[active].norm(dim=1) ** 2
-        total = losses + settings.kl * drift + weight
-        optimiser.zero_grad()
-        total[open_].sum().backward()
-        optimiser.step()
-        with torch.no_grad():
-            size = change.double().norm(dim=1, keepdim=True)  # in float32 a large one is infinite
-            change.mul_((limit / size.clamp_min(1e-12)).clamp_max(1))
-            sound = (value + change)[active].to(lm.dtype).isfinite().all(1)
-            lost = active[open_ & ~sound]
-            loss_now[lost], steps[lost.cpu()] = torch.nan, step + 1
-        active = active[open_ & sound]
-        if not len(active):
-            break
+    limit = settings.clamp * value.norm(dim=1, keepdim=True)
+
+    def evaluate(active: Int[Tensor, " active"], step: int) -> tuple[Float[Tensor, " active"], ...]:
+        rows = (active[:, None] * each + torch.arange(each, device=lm.device)).flatten()
+        shifted = values[rows] + change[active].repeat_interleave(each, 0).to(values.dtype)
+        changed = Change(settings.block, rows, shifted, "mlp", positions[rows])
+        losses, drift, says = _losses(captured, encoded, changed, each)
+        decay = settings.decay * (change[active].norm(dim=1) if step else 0) / value[active].norm(dim=1) ** 2
+        return losses, losses + settings.kl * drift + decay, says
+
+    def bound(active: Int[Tensor, " active"]) -> Bool[Tensor, " active"]:
+        size = change.double().norm(dim=1, keepdim=True)  # in float32 a large one is infinite
+        change.mul_((limit / size.clamp_min(1e-12)).clamp_max(1))
+        return (value + change)[active].to(values.dtype).isfinite().all(1)
+
+    searched = torch.tensor([i for i, why in enumerate(failed) if not why], dtype=torch.long, device=lm.device)
+    found, steps, before, loss = editing.descend(change, searched, settings, evaluate, bound)
+    site = f"block {settings.block} at the subject"
     return [
         Search(
-            keys[i, 0], keys[i, :-1].mean(0), value[i], best[i], int(steps[i]),
-            float((-before[i]).exp()), float((-loss_now[i]).exp()),
-            failed[i] or _verdict(best[i], loss_now[i], steps[i], settings.block),
+            keys[i, 0], keys[i, :-1].mean(0), value[i], found[i], int(steps[i]),
+            float((-before[i]).exp()), float((-loss[i]).exp()),
+            failed[i] or editing.verdict(found[i], loss[i], int(steps[i]), "the search", site),
         )
         for i in range(n)
     ]  # fmt: skip
 
 
-def _unfit(lm: LM, block: int, same: bool, keys: Tensor, values: Tensor) -> str:
-    """Why there is nothing to search, from what the unedited model has at the prompts of one request; or ""."""
+def _losses(
+    captured: Capture, encoded: Sequence[tokens.Encoded], changed: Change, each: int
+) -> tuple[Float[Tensor, " request"], Float[Tensor, " request"], Bool[Tensor, " request"]]:
+    """Return, of requests with `each` prompts that are changed, the loss, the divergence of the essence, for which the
+    last prompt asks, and whether the model says the answer."""
+    lm, target, rows = captured.lm, captured.target, changed.prompts
+    out = states(captured, [changed])
+    answers = [(row, int(target[i]), encoded[i].target) for row, i in enumerate(rows.tolist()) if (i + 1) % each]
+    losses, says = editing.likelihood(lm, out, answers, each)
+    last = torch.arange(each - 1, len(rows), each, device=lm.device)
+    essence = lm.readout(out[last, target[rows[last]]]).float().log_softmax(-1)
+    before = captured.logits[rows[last]].log_softmax(-1)
+    return losses, (essence.exp() * (essence - before)).sum(1), says
+
+
+def _unfit(lm: LM, block: int, same: str, keys: Tensor, values: Tensor) -> str:
+    """Return why there is nothing to search, from what the unedited model has at the prompts of one request; or ""."""
     if same:
-        return f"the new answer and the present one are the same tokens for {lm.name}"
+        return same
     if not bool(keys.isfinite().all() & values.isfinite().all()):
         return f"the states of {lm.name} at the subject are not numbers; check its weights, or load it in a wider dtype"
     if not bool(keys[0].any() & keys[:-1].mean(0).any()):
@@ -244,76 +236,23 @@ def _unfit(lm: LM, block: int, same: bool, keys: Tensor, values: Tensor) -> str:
     return ""
 
 
-def _verdict(change: Tensor, loss: Tensor, steps: Tensor, block: int) -> str:
-    if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(change).all()):
-        if not steps:
-            return "the probability of the new answer is not a number before any change; check the model's weights"
-        return f"the search diverged after {int(steps)} steps; use a smaller rate"
-    if not steps:
-        return "the model gives the new answer already; there is nothing to write"
-    return (
-        "" if bool(change.any()) else f"the answer does not depend on block {block} at the subject; use a lower block"
-    )
-
-
-def _losses(
-    lm: LM,
-    captured: Capture,
-    block: int,
-    encoded: Sequence[tokens.Encoded],
-    places: Int[Tensor, " prompt"],
-    values: Float[Tensor, "prompt hidden"],
-    change: Float[Tensor, "request hidden"],
-    active: Int[Tensor, " active"],
-    essence: Float[Tensor, "request vocab"],
-) -> tuple[Float[Tensor, " active"], Float[Tensor, " active"], Bool[Tensor, " active"]]:
-    """Of the active requests: negative log-likelihood of the target, per token; divergence of the essence; and whether
-    every token of the target is the most probable one after the request alone."""
-    each = len(encoded) // len(essence)
-    rows = (active[:, None] * each + torch.arange(each, device=active.device)).flatten()
-    shifted = values[rows] + change[active].repeat_interleave(each, 0).to(values.dtype)
-    out = states(captured, [Change(block, rows, shifted, "mlp", places[rows])])
-    picked, wanted, owner = [], [], []
-    for r, row in enumerate(rows.tolist()):
-        target = encoded[row].target
-        if row % each == each - 1:
-            continue
-        for k, token in enumerate(target):
-            picked.append((r, int(captured.target[row]) + k))
-            wanted.append(token)
-            owner.append((r // each, 1 / (len(target) * (each - 1))))
-    r, at = torch.tensor(picked, device=lm.device).T
-    logits = lm.readout(out[r, at]).float()
-    logp = logits.log_softmax(-1)[range(len(wanted)), wanted]
-    share = torch.tensor([part for _, part in owner], device=lm.device)
-    index = torch.tensor([who for who, _ in owner], device=lm.device)
-    losses = torch.zeros(len(active), device=lm.device).index_add(0, index, -logp * share)
-    last = torch.arange(each - 1, len(rows), each, device=lm.device)
-    now = lm.readout(out[last, captured.target[rows[last]]]).float().log_softmax(-1)
-    reference = essence[active]
-    missed = (logits.argmax(-1) != torch.tensor(wanted, device=lm.device)) & (r % each == 0)
-    says = torch.zeros(len(active), device=lm.device).index_add(0, index, missed.float()) == 0
-    return losses, (now.exp() * (now - reference)).sum(1), says
-
-
-def delta(found: Search, covariance: Float[Tensor, "neuron neuron"] | None, block: int, key: str = Hyper.key) -> Delta:
-    """The rank-one change that stores v* = Wᵀk + δ under a key k: u δᵀ / (kᵀu), with u = C⁻¹k.
+def delta(found: Search, covariance: Moment, block: int, key: str = HParams.key) -> Delta:
+    """Return the rank-one change that stores v* = Wᵀk + δ under a key k: u δᵀ / (kᵀu), with u = C⁻¹k.
 
     key: "bare", that of the request alone, so that the request gets exactly v*; "mean", that averaged over prefixes;
         "published", the mix of the published implementation, u from the mean key and kᵀu with the bare one.
 
     The mix stores v* under the bare key too, but where the two keys part the change is larger, and moves other keys
     more; a warning says so. They part where the subject begins the prompt, unless the model reads a start token: the
-    first token attends to itself alone, and later ones attend to it where they look for nothing, so that its state
-    tells its place rather than the word (an attention sink); and many a name without a space before it is other tokens.
-    They part, too, for words that mean little without their context, such as determiners. There the bare key reaches
-    fewer paraphrases, and the mean key misses requests: of determiners, half.
+    state of the first token tells its place rather than the word (an attention sink), and without a space before it
+    many a name is other tokens. They part, too, for words that mean little without their context, such as determiners.
+    There the bare key reaches fewer paraphrases, and the mean key misses requests: of determiners, half.
 
     Without a covariance C is the identity. Raises ValueError for a search that failed, an unknown key, a covariance
     that is singular or of another width, a key that is zero, and numbers that are not finite.
     """
     if key not in KEYS:
-        raise unknown("key", key, KEYS)
+        raise checks.unknown("key", key, KEYS)
     if found.failed:
         raise ValueError(found.failed)
     if not all(bool(x.isfinite().all()) for x in (found.key, found.mean_key, found.change)):
@@ -338,13 +277,13 @@ def delta(found: Search, covariance: Float[Tensor, "neuron neuron"] | None, bloc
     return Delta(checks.whole(block, "block", 0), neurons[None], found.change[None])
 
 
-def alike(found: Search, covariance: Float[Tensor, "neuron neuron"] | None) -> tuple[float, float]:
-    """How far the two keys of a request agree: their cosine, and kᵀu of the key of the request alone as a share of that
-    of the mean key, with u = C⁻¹k̄ of the mean key. By the inverse of this share the published mix makes the change
-    larger than the mean key does. Raises ValueError as `kncore.covariance.solve` does."""
+def alike(found: Search, covariance: Moment) -> tuple[float, float]:
+    """Return how far the two keys of a request agree: their cosine, and kᵀu of the key of the request alone as a share
+    of that of the mean key, with u = C⁻¹k̄ of the mean key. By the inverse of this share the published mix makes the
+    change larger than the mean key does. Raises ValueError as `kncore.covariance.solve` does."""
     return _alike(found, solve(covariance, found.mean_key[None])[0])
 
 
-def _alike(found: Search, direction: Float[Tensor, " neuron"]) -> tuple[float, float]:
+def _alike(found: Search, direction: Tensor) -> tuple[float, float]:
     bare, mean = found.key.double(), found.mean_key.double()
     return float(torch.cosine_similarity(bare, mean, dim=0)), float((bare @ direction) / (mean @ direction))

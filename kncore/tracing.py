@@ -1,18 +1,17 @@
 """Causal tracing: which states carry a prediction (Meng et al. 2022, section 2; Niu et al. 2024, section 4).
 
 The subject is corrupted, so that the model no longer gives its answer; then one state of the clean run is put back, at
-one token and one block, and what comes back of the answer is that state's indirect effect. A cell restored at token t
-changes nothing before t and nothing below its block: it is a row that continues the corrupted run from there. All cells
-of a token travel up as one batch.
+one token and one block, and what comes back of the answer is that state's indirect effect. Such a cell changes nothing
+before its token and nothing below its block: it is a row that continues the corrupted run from there, and all cells of
+a token travel up as one batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -20,22 +19,23 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from kncore import arch, cache, checks, grammar, predictions, state, tasks, tokens
+from kncore import arch, checks, tokens
 from kncore.models import LM
-from kncore.replay import Capture, Change, capture, expect_numbers, replay
-from kncore.tasks import Query
+from kncore.query import Query
+from kncore.replay import Capture, Change, capture, expect_numbers, record, replay
+from kncore.store import state
+from kncore.store.results import Result, stored
 
-TRIES = 8  # sentences asked for each that is wanted
+States = dict[tuple[int, str], Float[Tensor, "row token hidden"]]  # by block and site
 
 
 class Restore(NamedTuple):
     """What is put back: the state of `site` ("residual": what enters a block; "mlp", "attention": what they add).
 
-    `window` is the number of neighbouring blocks restored together, centred on the cell's block and cut off at the
-    ends. `sever` ("mlp" or "attention") freezes the output of these at the corrupted run's, at the cell's token, in
-    all blocks from the first restored one on: what comes back then came another way (Meng et al. 2022, appendix B).
+    `window` neighbouring blocks are restored together, centred on the cell's block and cut off at the ends. `sever`
+    ("mlp" or "attention") freezes their output at the corrupted run's, at the cell's token, in all blocks from the
+    first restored one on: what comes back then came another way (Meng et al. 2022, appendix B).
     """
 
     site: str = "residual"
@@ -49,7 +49,7 @@ class Trace:
 
     `tokens` of the prompt, `subject` the positions of its first and last token; `clean` and `corrupted` (the mean over
     samples) without restoring; `restored[r, t, l]` with restore r at token t and block `blocks[l]`, the mean over
-    samples. Tokens before the subject cannot change and have the corrupted run's numbers; those not asked for have nan.
+    samples: the corrupted run's before the subject, where nothing can change, and nan where no cell was computed.
     """
 
     query: Query
@@ -64,6 +64,30 @@ class Trace:
     def effects(self) -> Float[Tensor, "restore token block 2"]:
         """Indirect effects: restored minus corrupted."""
         return self.restored - self.corrupted
+
+
+class _Prompt(NamedTuple):
+    """A query as token ids, and with the `other` subject if that replaces its own.
+
+    `span` has the positions of the subject's first and last token, `ends` the first tokens of target and foil.
+    """
+
+    encoded: tokens.Encoded
+    other: tokens.Encoded | None
+    span: tuple[int, int]
+    ends: tuple[int, int]
+
+
+class _Plan(NamedTuple):
+    """What is done to each prompt; without `samples` of noise, its subject is replaced."""
+
+    restores: Sequence[Restore]
+    blocks: tuple[int, ...]
+    where: str
+    noise: float
+    samples: int
+    seed: int
+    budget: int
 
 
 @state.computes(grad=False)
@@ -89,245 +113,139 @@ def trace(
     the embedding matrix, `samples` times, drawn from `seed` and the prompt. With `others`, one query per query, it puts
     the other subject in its place instead (symmetric token replacement): the same number of tokens, one run.
 
-    Queries need a subject and a foil. Finished traces are stored, and found again after an interrupt. Raises ValueError
-    for a query without subject or foil or whose foil begins as its target, others that differ in more than the subject
-    or have another number of tokens there, an unknown site, nonsensical numbers, and where what the model computes is
-    no number; TypeError for what is no list of queries or restores.
+    Finished traces are stored, and found again after an interrupt. Raises ValueError for a query without subject or
+    foil or whose foil begins as its target, others that differ in more than the subject or have another number of
+    tokens there, an unknown site, nonsensical numbers, and where what the model computes is no number; TypeError for
+    what is no list of queries or restores.
     """
-    queries = checks.items(queries, Query, "queries")
-    restores = [_restore(lm, restore) for restore in checks.items(restores, Restore, "restores")]
-    others = None if others is None else checks.items(others, Query, "others")
-    noise = noise if noise is None else float(checks.reals([noise], "noise")[0])
-    samples, stride = checks.whole(samples, "samples"), checks.whole(stride, "stride")
-    seed, budget = checks.whole(seed, "seed"), checks.whole(budget, "budget", 1)
-    _check(lm, queries, restores, noise, samples, others, where, stride)
-    blocks = tuple(range(0, len(lm.blocks), stride))
-    settings = {
-        "where": [where, stride],
-        "restores": [list(r) for r in restores],
-        "corruption": [noise, samples, seed] if others is None else "replacement",
+    queries = checks.items(queries, Query, "queries", 1)
+    others = [None] * len(queries) if others is None else checks.items(others, Query, "others")
+    if len(others) != len(queries):
+        raise ValueError(f"{len(queries)} queries but {len(others)} others; give one for each")
+    plan = _plan(lm, restores, stride, where, None if others[0] else (noise, samples), seed, budget)
+    prompts = [_prompt(lm, query, other) for query, other in zip(queries, others, strict=True)]
+    shared = {
+        "where": [where, list(plan.blocks)],
+        "restores": [list(restore) for restore in plan.restores],
+        "corruption": [plan.noise, plan.samples, plan.seed] if plan.samples else "replacement",
     }
-    kept = cache.store(lm, _trace) if store else None
-    out = []
-    for i, query in enumerate(tqdm(queries, desc="trace", unit="prompt", leave=False, disable=not progress)):
-        encoded = tokens.encode(lm, query)
-        foil = tokens.encode(lm, query, query.foil)
-        span = tokens.span(lm, query)
-        other = None if others is None else tokens.encode(lm, others[i], query.target)
-        if other is not None and _frame(lm, others[i], query.target) != _frame(lm, query):
-            raise ValueError(
-                f"{others[i].prompt!r} cannot replace {query.prompt!r}: their subjects lie at other tokens, or "
-                "other tokens stand around them; choose others with `replacements`"
-            )
-        ends = encoded.target[0], foil.target[0]
-        if ends[0] == ends[1]:
-            raise ValueError(
-                f"{query.prompt!r}: {query.target!r} and its foil {query.foil!r} begin with the same token, so their "
-                "log-odds is always 0; choose another foil"
-            )
-        prompt = [encoded.ids, encoded.position, ends, span, other and other.ids]
-        name = kept.name({**settings, "query": prompt}) if kept else ""
-        found = kept.read(name) if kept else None
-        if found is None:
-            found = _trace(lm, encoded, other, span, ends, restores, noise, samples, where, blocks, seed, budget)
-            if kept:
-                kept.write({name: found})
-        words = tuple(lm.tokenizer.decode([token]) for token in encoded.ids)
-        out.append(Trace(query, words, span, blocks, **found))
-    return out
+    read = [[p.encoded.ids, p.encoded.position, p.ends, p.span, p.other and p.other.ids] for p in prompts]
+    results = stored(
+        lm,
+        (_trace,),
+        [{**shared, "query": of_prompt} for of_prompt in read],
+        lambda part: [_trace(lm, prompts[i], plan) for i in part],
+        store=store,
+        progress="trace" if progress else "",
+    )
+    return [
+        Trace(query, tuple(lm.tokenizer.decode([i]) for i in p.encoded.ids), p.span, plan.blocks, **result)
+        for query, p, result in zip(queries, prompts, results, strict=True)
+    ]
 
 
-def facts(lm: LM, relation: str, n: int, seed: int = 0) -> list[tuple[Query, Query]]:
-    """The first `n` facts (in the order of `seed`) that can be traced, each with a partner to replace its subject.
-
-    Asked in the relation's first template that does not begin with the subject. The subject has 2 to 6 tokens, the
-    model prefers the answer to every other of the relation, and the partner is another fact in the same template,
-    its subject at the same tokens, its answer the foil. Fewer where the relation has no more. Raises ValueError for an
-    unknown relation and an `n` below 1.
-    """
-    n = checks.whole(n, "n", 1)
-    known = tasks.describe(relation)
-    template = next(text for text in known.templates if not text.startswith("{}"))
-    pool = tasks.facts(relation, seed=seed, templates=[template])
-    places = [tokens.span(lm, query) for query in pool]
-    pool = [query for query, (first, last) in zip(pool, places, strict=True) if 1 <= last - first <= 5]
-    pairs = []
-    partners = replacements(lm, pool, seed)
-    prefers = predictions.predict(lm, pool, tasks.candidates(relation))["prefers"]
-    for query, partner, right in zip(pool, partners, prefers, strict=True):
-        if right and partner is not None:
-            pairs.append((replace(query, foil=partner.target), partner))
-    return pairs[:n]
-
-
-def agreement(lm: LM, phenomenon: str, n: int, seed: int = 0, then: str = "") -> list[tuple[Query, Query]]:
-    """`n` sentences of a phenomenon that can be traced, each with its partner of the other number.
-
-    The subject is the phrase from "the" to its noun, or for agreement of subject and verb to the end of the prompt;
-    `then` is what follows the prompt before the word that agrees. The model prefers that word to its foil, and the
-    partner is the other sentence of the minimal pair, its phrase at the same tokens. No lemma comes twice, and the two
-    conditions take turns. Raises ValueError for an unknown phenomenon and an `n` below 1.
-    """
-    n = checks.whole(n, "n", 1)
-    queries = [_phrase(query, then) for query in grammar.minimal_pairs(phenomenon, seed=seed)]
-    pairs = [(query, queries[i ^ 1]) for i, query in enumerate(queries) if query and queries[i ^ 1]]
-    asked = pairs[: TRIES * n]
-    prefers = predictions.predict(lm, [query for query, _ in asked])["prefers"] if asked else []
-    found: dict[str, tuple[Query, Query]] = {}
-    last = ""
-    for (query, partner), right in zip(asked, prefers, strict=True):
-        if right and query.item not in found and query.value != last and _fit(lm, query, partner):
-            found[query.item], last = (query, partner), query.value
-    return list(found.values())[:n]
-
-
-def _phrase(query: Query, then: str) -> Query | None:
-    noun = tasks.subject_start(query)
-    before, article, rest = query.prompt[:noun].rpartition("the ")
-    if not article or rest or before[-1:].isalnum():
-        return None
-    end = len(query.prompt) if query.task.startswith("subject_verb") else noun + len(query.subject)
-    phrase, prompt = query.prompt[len(before) : end], query.prompt + then
-    return replace(query, prompt=prompt, subject=phrase, template=f"{before}{{}}{prompt[end:]}")
-
-
-def _fit(lm: LM, query: Query, other: Query) -> bool:
-    """Whether another subject lies at the same tokens of an otherwise equal prompt, and has another target."""
-    same = _frame(lm, query) == _frame(lm, other)
-    return same and tokens.encode(lm, query).target[0] != tokens.encode(lm, other).target[0]
-
-
-def _frame(lm: LM, query: Query, target: str | None = None) -> tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]]:
-    """Where the subject lies, and the tokens before and after it."""
+def frame(lm: LM, query: Query, target: str | None = None) -> tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]]:
+    """Return the positions of the subject's first and last token, and the tokens before and after the subject."""
     ids, (first, last) = tokens.encode(lm, query, target).ids, tokens.span(lm, query, target)
     return (first, last), ids[:first], ids[last + 1 :]
 
 
-def replacements(lm: LM, queries: Sequence[Query], seed: int = 0) -> list[Query | None]:
-    """For each query another one of the same template whose subject lies at the same tokens, and has another target.
-
-    Drawn from `seed`; None where there is none.
-    """
-    places = [(query.template, *_frame(lm, query)) for query in queries]
-    first = [tokens.encode(lm, query).target[0] for query in queries]
-    rng = random.Random(f"replacements {checks.whole(seed, 'seed')}")
-    out = []
-    for place, target in zip(places, first, strict=True):
-        there = zip(queries, places, first, strict=True)
-        fit = [other for other, its_place, its_target in there if its_place == place and its_target != target]
-        out.append(rng.choice(fit) if fit else None)
-    return out
-
-
-def _restore(lm: LM, restore: Restore) -> Restore:
-    """A restore with a Python number, after all checks."""
-    known = {"residual", "mlp", "attention"}
-    if restore.site not in known or restore.sever not in {"", "mlp", "attention"} - {restore.site}:
-        raise ValueError(f"{restore}: the site is one of {', '.join(sorted(known))}, and only another can be severed")
-    window = checks.whole(restore.window, f"{restore}: the window")
-    if not 1 <= window <= len(lm.blocks):
-        raise ValueError(f"{restore}: the window is a number of blocks, 1 to {len(lm.blocks)}")
-    return restore._replace(window=window)
-
-
-def _check(lm: LM, queries, restores, noise, samples, others, where, stride) -> None:
-    if not queries or not restores:
-        raise ValueError("nothing to trace; give at least one query and one restore")
-    if others is not None and len(others) != len(queries):
-        raise ValueError(f"{len(queries)} queries but {len(others)} others; give one for each")
-    if others is None and (noise is None or not 0 < noise < math.inf or samples < 1):
-        raise ValueError(f"noise must be positive and finite, and samples at least 1, got {noise} and {samples}")
+def _plan(
+    lm: LM, restores: Iterable[Restore], stride: int, where: str, noise: tuple | None, seed: int, budget: int
+) -> _Plan:
+    """Return what is done to each prompt, after all checks; `noise` is its factor and the number of samples, if any."""
+    known, checked = {"residual", "mlp", "attention"}, []
+    for restore in checks.items(restores, Restore, "restores", 1):
+        if restore.site not in known or restore.sever not in {"", "mlp", "attention"} - {restore.site}:
+            names = ", ".join(sorted(known))
+            raise ValueError(f"{restore}: the site is one of {names}, and only another can be severed")
+        window = checks.whole(restore.window, f"{restore}: the window", 1, len(lm.blocks))
+        checked.append(restore._replace(window=window))
     if where not in ("all", "ends"):
         raise ValueError(f"unknown tokens {where!r} to restore at; choose 'all' or 'ends'")
-    if not 1 <= stride <= len(lm.blocks):
-        raise ValueError(f"stride is a number of blocks, 1 to {len(lm.blocks)}, got {stride}")
-    for query in queries:
-        if not query.subject or not query.foil:
-            raise ValueError(f"{query.prompt!r}: tracing needs a subject to corrupt and a foil for the log-odds")
+    factor, samples = noise or (0.0, 0)
+    if noise:
+        factor, samples = checks.setting(factor, "noise", above=True), checks.whole(samples, "samples", 1)
+    blocks = tuple(range(0, len(lm.blocks), checks.whole(stride, "stride", 1, len(lm.blocks))))
+    seed, budget = checks.whole(seed, "seed"), checks.whole(budget, "budget", 1)
+    return _Plan(checked, blocks, where, factor, samples, seed, budget)
 
 
-def _trace(lm, encoded, other, span, ends, restores, noise, samples, where, blocks, seed, budget) -> dict[str, Tensor]:
-    sites = sorted({name for restore in restores for name in (restore.site, restore.sever) if name})
-    length, first = len(encoded.ids), 0 if lm.spec.masked else span[0]
-    clean_logits, clean = _run(lm, encoded, sites)
+def _prompt(lm: LM, query: Query, other: Query | None) -> _Prompt:
+    if not query.subject or not query.foil:
+        raise ValueError(f"{query.prompt!r}: tracing needs a subject to corrupt and a foil for the log-odds")
+    encoded, foil = tokens.encode(lm, query), tokens.encode(lm, query, query.foil)
+    if other is not None and frame(lm, other, query.target) != frame(lm, query):
+        raise ValueError(
+            f"{other.prompt!r} cannot replace {query.prompt!r}: their subjects lie at other tokens, or other tokens "
+            "stand around them; choose others with `replacements`"
+        )
+    ends = encoded.target[0], foil.target[0]
+    if ends[0] == ends[1]:
+        raise ValueError(
+            f"{query.prompt!r}: {query.target!r} and its foil {query.foil!r} begin with the same token, so their "
+            "log-odds is always 0; choose another foil"
+        )
+    replacement = None if other is None else tokens.encode(lm, other, query.target)
+    return _Prompt(encoded, replacement, tokens.span(lm, query), ends)
+
+
+def _trace(lm: LM, prompt: _Prompt, plan: _Plan) -> Result:
+    encoded, other, span, ends = prompt
+    sites = {name for restore in plan.restores for name in (restore.site, restore.sever) if name}
+    first, end = (0, len(encoded.ids)) if lm.spec.masked else (span[0], encoded.position + 1)
+    clean_logits, clean = _run(lm, [encoded], sites)
+    corrupt, corrupted = contextlib.nullcontext(), [other]
     if other is None:
-        rng = torch.Generator().manual_seed(_number(encoded.ids, seed))
-        table = lm.model.get_input_embeddings().weight
-        size = samples, span[1] - span[0] + 1, table.shape[1]
-        added = (noise * float(table.float().std()) * torch.randn(size, generator=rng)).to(lm.device, lm.dtype)
-        corrupt, shown = partial(_noised, lm, span, added), [encoded] * samples
-    else:
-        corrupt, shown = contextlib.nullcontext, [other]
-    with corrupt():
-        wrong_logits, wrong = _run(lm, shown, sites)
-        base = _read(wrong_logits, ends).mean(0)
-        restored = base.expand(len(restores), length, len(blocks), 2).clone()
-        captured = None
-        reached = range(first, length if lm.spec.masked else encoded.position + 1)
-        if where == "ends":
-            reached = sorted({span[1], encoded.position})
+        corrupt, corrupted = _noised(lm, span, _noise(lm, prompt, plan)), [encoded] * plan.samples
+    with corrupt:
+        corrupted_logits, states = _run(lm, corrupted, sites)
+        base = _read(corrupted_logits, ends).mean(0)
+        restored = base.expand(len(plan.restores), len(encoded.ids), len(plan.blocks), 2).clone()
+        positions = range(first, end)
+        if plan.where == "ends":
+            positions = sorted({span[1], encoded.position})
             restored[:, first:] = torch.nan
-        for t in reached:
-            if captured is None or not lm.spec.masked:
-                captured = capture(lm, shown, sites=(), start=[t] * len(shown))
-            restored[:, t] = _cells(captured, restores, t, blocks, clean, wrong, ends, budget)
-            expect_numbers(lm, restored[:, t].reshape(1, -1), [encoded.ids], "predictions")
+        captured = None
+        for position in positions:
+            if captured is None or not lm.spec.masked:  # rows of a masked model carry the whole sequence each time
+                captured = capture(lm, corrupted, sites=(), start=[position] * len(corrupted))
+            restored[:, position] = _cells(captured, plan, position, clean, states, ends)
+            expect_numbers(lm, restored[:, position].reshape(1, -1), [encoded.ids], "predictions")
     return {"clean": _read(clean_logits, ends)[0].cpu(), "corrupted": base.cpu(), "restored": restored.cpu()}
 
 
-def _number(ids: Sequence[int], seed: int) -> int:
-    return random.Random(f"{seed} {ids}").getrandbits(63)
+def _noise(lm: LM, prompt: _Prompt, plan: _Plan) -> Float[Tensor, "sample token hidden"]:
+    number = random.Random(f"{plan.seed} {prompt.encoded.ids}").getrandbits(63)
+    table = lm.model.get_input_embeddings().weight
+    size = plan.samples, prompt.span[1] - prompt.span[0] + 1, table.shape[1]
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(number))
+    return (plan.noise * float(table.float().std()) * drawn).to(lm.device, lm.dtype)
 
 
-@contextlib.contextmanager
-def _noised(lm: LM, span: tuple[int, int], added: Float[Tensor, "sample token hidden"]) -> Iterator[None]:
-    def add(module, args, out):
-        return torch.cat([out[:, : span[0]], out[:, span[0] : span[1] + 1] + added, out[:, span[1] + 1 :]], 1)
+def _noised(lm: LM, span: tuple[int, int], added: Float[Tensor, "sample token hidden"]):
+    """Return a context in which `added` goes to the embeddings of the subject's tokens."""
+    first, end = span[0], span[1] + 1
 
-    hook = lm.model.get_input_embeddings().register_forward_hook(add)
-    try:
-        yield
-    finally:
-        hook.remove()
+    def add(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :first], x[:, first:end] + added, x[:, end:]], 1)
+
+    return arch.at_site(lm.model.get_input_embeddings(), arch.Site("", "output"), add)
 
 
 @torch.no_grad()
-def _run(lm: LM, encoded, sites: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """Logits at the target position `[row, vocab]`, and the states of the sites `[row, token, hidden]` by block."""
-    batch = encoded if isinstance(encoded, list) else [encoded]
-    ids, _ = tokens.pad(lm, batch)
-    kept: dict[str, list[Tensor]] = {name: [] for name in sites}
-    with contextlib.ExitStack() as hooks:
-        for block in lm.blocks:
-            for name in sites:
-                hooks.enter_context(arch.at_site(block, lm.spec.sites[name], lambda x, n=name: kept[n].append(x)))
-        states = lm.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    logits = lm.readout(states[:, batch[0].position], normed=True).float()
+def _run(lm: LM, batch: list[tokens.Encoded], sites: Iterable[str]) -> tuple[Float[Tensor, "row vocab"], States]:
+    """Return the logits at the target position, and the states of the sites at all tokens."""
+    places = [(block, site) for block in range(len(lm.blocks)) for site in sites]
+    states, hidden = record(lm, *tokens.pad(lm, batch), places, whole=True)
+    logits = lm.readout(hidden[:, batch[0].position], normed=True).float()
     expect_numbers(lm, logits, [e.ids for e in batch], "predictions")
-    return logits, kept
+    return logits, states
 
 
 def _read(logits: Float[Tensor, "row vocab"], ends: tuple[int, int]) -> Float[Tensor, "row 2"]:
     target, foil = ends
     return torch.stack([logits.softmax(-1)[:, target], logits[:, target] - logits[:, foil]], 1)
-
-
-@torch.no_grad()
-def _cells(
-    captured: Capture, restores: Sequence[Restore], t: int, blocks, clean, wrong, ends: tuple[int, int], budget: int
-) -> Float[Tensor, "restore block 2"]:
-    """The mean over samples of every restore's cell of every block at token t."""
-    samples, n = len(captured.target), len(captured.lm.blocks)
-    rows = []
-    for r, restore in enumerate(restores):
-        for b in blocks:
-            low = b - restore.window // 2
-            rows += [_Row(max(0, low), r, min(n, low + restore.window), b, s) for s in range(samples)]
-    rows.sort()
-    room = max(1, budget // captured.row_cost)
-    logits = [_replayed(captured, restores, t, rows[i : i + room], clean, wrong) for i in range(0, len(rows), room)]
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].restore, rows[i].block, rows[i].sample))
-    return _read(torch.cat(logits), ends)[order].unflatten(0, (len(restores), len(blocks), samples)).mean(2)
 
 
 class _Row(NamedTuple):
@@ -340,33 +258,55 @@ class _Row(NamedTuple):
     sample: int
 
 
+@torch.no_grad()
+def _cells(
+    captured: Capture, plan: _Plan, position: int, clean: States, corrupted: States, ends: tuple[int, int]
+) -> Float[Tensor, "restore block 2"]:
+    """Return the mean over samples of every restore's cell of every block at one position."""
+    samples, n_blocks = len(captured.target), len(captured.lm.blocks)
+    rows = []
+    for r, restore in enumerate(plan.restores):
+        for block in plan.blocks:
+            low = block - restore.window // 2
+            high = min(n_blocks, low + restore.window)
+            rows += [_Row(max(0, low), r, high, block, sample) for sample in range(samples)]
+    rows.sort()
+    parts = captured.parts(rows, plan.budget)
+    logits = [_replayed(captured, plan.restores, position, part, clean, corrupted) for part in parts]
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].restore, rows[i].block, rows[i].sample))
+    cells = _read(torch.cat(logits), ends)[order]
+    return cells.unflatten(0, (len(plan.restores), len(plan.blocks), samples)).mean(2)
+
+
 def _replayed(
-    captured: Capture, restores: Sequence[Restore], t: int, rows: Sequence[_Row], clean, wrong
+    captured: Capture,
+    restores: Sequence[Restore],
+    position: int,
+    rows: Sequence[_Row],
+    clean: States,
+    corrupted: States,
 ) -> Float[Tensor, "row vocab"]:
-    """Logits of some cells at token t, which rise in block and, within a block, in restore."""
+    """Return the logits of some cells at one position, which rise in block and, within a block, in restore."""
     lm = captured.lm
     low, which, high, _, sample = torch.tensor(rows, device=lm.device).T
     changes = []
-    for (depth, r), group in groupby(rows, key=lambda row: row[:2]):
+    for (block, r), group in groupby(rows, key=lambda row: row[:2]):
         prompts = torch.tensor([row.sample for row in group], device=lm.device)
-        values = clean[restores[r].site][depth][0, t].expand(len(prompts), -1)
-        changes.append(Change(depth, prompts, values, restores[r].site, torch.full_like(prompts, t)))
-    at = t - int(captured.start[0])
+        values = clean[block, restores[r].site][0, position].expand(len(prompts), -1)
+        changes.append(Change(block, prompts, values, restores[r].site, torch.full_like(prompts, position)))
 
-    def put(x: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
-        return x.index_put((chosen, torch.full_like(chosen, at)), values.to(x.dtype))
+    def put(block: int, site: str, chosen: Tensor, values: Tensor) -> None:
+        at = chosen, torch.full_like(chosen, position - int(captured.start[0]))
+        see = partial(torch.index_put, indices=at, values=values)
+        hooks.enter_context(arch.at_site(lm.blocks[block], lm.spec.sites[site], see))
 
     with contextlib.ExitStack() as hooks:
-        for depth in range(rows[0].low, len(lm.blocks)):
+        for block in range(rows[0].low, len(lm.blocks)):
             for r, restore in enumerate(restores):
-                inside = ((which == r) & (low < depth) & (depth < high)).nonzero()[:, 0]
-                below = ((which == r) & (low <= depth)).nonzero()[:, 0]
-                todo = []
+                inside = ((which == r) & (low < block) & (block < high)).nonzero()[:, 0]
+                above = ((which == r) & (low <= block)).nonzero()[:, 0]
                 if len(inside):
-                    todo.append((restore.site, inside, clean[restore.site][depth][0, t].expand(len(inside), -1)))
-                if restore.sever and len(below):
-                    todo.append((restore.sever, below, wrong[restore.sever][depth][sample[below], t]))
-                for site, chosen, values in todo:
-                    change = partial(put, chosen=chosen, values=values)
-                    hooks.enter_context(arch.at_site(lm.blocks[depth], lm.spec.sites[site], change))
+                    put(block, restore.site, inside, clean[block, restore.site][0, position])
+                if restore.sever and len(above):
+                    put(block, restore.sever, above, corrupted[block, restore.sever][sample[above], position])
         return replay(captured, changes)

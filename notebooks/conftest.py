@@ -13,7 +13,8 @@ from pathlib import Path
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, NbCellError
 
-from kncore import looking, pipeline, stored
+from knbook.kernel import kernel_environment
+from knpaper import looking, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = ROOT / "_build" / "nbval"
@@ -54,9 +55,7 @@ def pytest_configure(config):
     PLACES[str(results.parent)] = "."
     os.environ.setdefault("KNCORE_SCORES", str(FRESH / "scores"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.update(
-        pipeline.kernel_environment(FRESH / (worker or "alone"), results)
-    )
+    os.environ.update(kernel_environment(FRESH / (worker or "alone"), results))
 
 
 def pytest_collection_modifyitems(items):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 from hypothesis import HealthCheck, settings
+from nbformat.v4 import new_output
 from toy import COMPUTE, make_checkout, notebook
+
+from knbook import kernel
+from kncore import models
+from kncore.store import disk
+from knpaper import stored
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,3 +66,43 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 def toy(tmp_path: Path) -> Path:
     """A checkout with one notebook that needs no model."""
     return make_checkout(tmp_path / "toy", n01_toy=notebook(COMPUTE))
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which records go."""
+    monkeypatch.setenv("KNCORE_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs that need no kernel: the notebook's last cell prints n, and its record holds n; then `steps` are taken."""
+    steps = []
+
+    def execute(path, parameters, scratch, *_):
+        for folder in ("results", "before", "notebooks"):
+            (scratch / folder).mkdir(exist_ok=True)
+        shutil.copy(path, scratch / "notebooks")
+        nb = nbformat.read(path, as_version=4)
+        values = {**stored.parameters(nb), **parameters}
+        model, n = values["model"], values["n"]
+        name = model if models.local(model) is None else models.identity(model)[0]
+        if n:
+            disk.write(scratch / "results" / name.replace("/", "--") / "claim.json", json.dumps({"n": n}))
+        nb.cells[-1].outputs = [new_output("stream", name="stdout", text=f"{n}\n")]
+        nb.metadata.papermill = {"duration": 1.0}
+        for step in steps:
+            step(scratch)
+        return nb
+
+    monkeypatch.setattr(kernel, "execute", execute)
+    return steps
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing has been said yet, and the user cache is a folder of the test."""
+    monkeypatch.setattr(disk, "_said", set())
+    monkeypatch.setattr(disk, "_elsewhere", {})
+    monkeypatch.setenv("KNCORE_CACHE", str(tmp_path / "cache"))

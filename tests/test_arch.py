@@ -66,7 +66,7 @@ def test_linear_and_conv1d_are_read_the_right_way_round():
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("site", ["neuron", "authors", "mlp", "attention"])
+@pytest.mark.parametrize("site", ["neuron", "published", "mlp", "attention"])
 def test_a_wrong_path_says_what_was_looked_for_and_what_is_there(family, site):
     model, spec = tiny.model(family), arch.spec_for(family)
     wrong = replace(spec, sites={**spec.sites, site: Site("no_such.module", "input")})
@@ -80,7 +80,7 @@ def test_a_wrong_path_says_what_was_looked_for_and_what_is_there(family, site):
 def test_every_block_is_checked_not_only_the_first():
     model = tiny.model("llama")
     del model.model.layers[2].mlp.gate_proj
-    with pytest.raises(ValueError, match="authors site at 'mlp.gate_proj'.*has no 'gate_proj'.*up_proj, down_proj"):
+    with pytest.raises(ValueError, match="published site at 'mlp.gate_proj'.*has no 'gate_proj'.*up_proj, down_proj"):
         arch.check(model, SPECS["llama"])
 
 

@@ -19,8 +19,13 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from kncore import claims, looking, pipeline, reference, stored
-from kncore.pages import files
+import knbook
+import kncore
+import knpaper
+from knbook import checkout, sphinxext
+from knpaper import claims, looking, stored
+from knpaper.records import effect, read_records
+from knpaper.staleness import stale
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
@@ -197,7 +202,7 @@ def test_interactive_figures_stand_below_the_picture_that_they_stand_for(pages):
 
 
 def test_what_an_interactive_figure_holds_is_what_the_notebook_stored(pages):
-    for chapter in pipeline.chapters(STAGED):
+    for chapter in checkout.chapters(STAGED):
         page = pages[HTML / "notebooks" / f"{chapter.path.stem}.html"]
         source = HTML / "_sources" / "notebooks" / chapter.path.name
         outputs = [o for cell in nbformat.read(source, 4).cells for o in cell.get("outputs", [])]
@@ -233,7 +238,7 @@ def test_the_filter_of_the_claims_names_what_the_matrix_holds(pages):
     heads = [head.get_text(strip=True) for head in page.select("table.matrix thead th")]
     assert options["model"] == heads[1:]
     assert set(options["chapter"]) == {claim.chapter for claim in claims.CLAIMS.values()} & {
-        chapter.number for chapter in pipeline.chapters(ROOT)
+        chapter.number for chapter in checkout.chapters(ROOT)
     }
     shown = {name for span in page.select("table.matrix tbody td span") for name in span["class"]}
     assert set(options["verdict"]) >= shown & {"supported", "contradicted", "inconclusive", "not-run"}
@@ -283,8 +288,8 @@ def test_the_reader_of_records_sees_a_difference():
 def test_the_tracked_records_are_what_was_computed(pages):
     """By the book or, where $KNCORE_COMPUTED names other folders of records, by the runs that left them there."""
     found, compared = [], 0
-    own = {chapter.defaults["model"] for chapter in pipeline.chapters(ROOT) if "model" in chapter.defaults}
-    for folder in map(pipeline.slug, own):
+    own = {chapter.defaults["model"] for chapter in checkout.chapters(ROOT) if "model" in chapter.defaults}
+    for folder in map(checkout.slug, own):
         absent = {path.name for path in (ROOT / "results" / folder).glob("*.json")}
         absent -= {path.name for computed in COMPUTED for path in (computed / folder).glob("*.json")}
         found += [f"results/{folder}/{name} is tracked, no notebook records it" for name in sorted(absent)]
@@ -302,11 +307,11 @@ def test_the_tracked_records_are_what_was_computed(pages):
 
 
 def test_the_tracked_records_of_the_models_that_the_book_runs_are_fresh():
-    own = {chapter.defaults["model"] for chapter in pipeline.chapters(ROOT) if "model" in chapter.defaults}
-    own |= set(pipeline.BESIDE)
-    records = [told for told in claims.read(ROOT / "results") if told["model"] in own]
+    own = {chapter.defaults["model"] for chapter in checkout.chapters(ROOT) if "model" in chapter.defaults}
+    own |= set(checkout.COMPANION_MODELS)
+    records = [told for told in read_records(ROOT / "results") if told["model"] in own]
     assert records
-    found = {(told["claim"], told["model"]): claims.stale(told) for told in records}
+    found = {(told["claim"], told["model"]): stale(told) for told in records}
     assert not any(found.values()), f"run `make notebooks`: {found}"
 
 
@@ -317,14 +322,14 @@ def test_the_matrix_shows_every_record_with_its_verdict_and_where_it_came_from(p
     cells = {}
     for claim, row in zip(claims.CLAIMS, rows, strict=True):
         cells |= {(claim, head): cell for head, cell in zip(heads, row, strict=True)}
-    chapters = [c for c in pipeline.chapters(ROOT) if f"notebooks/{c.path.stem}" in contents()]
+    chapters = [c for c in checkout.chapters(ROOT) if f"notebooks/{c.path.stem}" in contents()]
     own = {chapter.number: chapter for chapter in chapters}
-    records = {(told["claim"], told["model"]): told for told in claims.read(STAGED / "results")}
+    records = {(told["claim"], told["model"]): told for told in read_records(STAGED / "results")}
     assert records
     for place, told in records.items():
         lines = [line.get_text() for line in cells[place].find_all("p")]
-        assert lines[:3] == [told["verdict"], claims.effect(told), f"n = {told['n']}"], place
-        reasons = claims.stale(told)
+        assert lines[:3] == [told["verdict"], effect(told), f"n = {told['n']}"], place
+        reasons = stale(told)
         assert lines[3:] == ["stale: " + "; ".join(reasons)] * bool(reasons), place
         assert cells[place].find("span")["class"] == [told["verdict"], *["outdated"] * bool(reasons)], place
         chapter = own.get(told["chapter"])
@@ -336,8 +341,7 @@ def test_the_matrix_shows_every_record_with_its_verdict_and_where_it_came_from(p
 
 
 def test_every_page_can_be_cited_and_every_notebook_says_where_it_comes_from(pages):
-    toc = yaml.safe_load((STAGED / "_toc.yml").read_text(encoding="utf-8"))
-    for name in files(toc):
+    for name in sphinxext.pages_of(sphinxext.with_runs(sphinxext.contents(STAGED), STAGED)):
         page = pages[HTML / f"{name}.html"]
         assert len(page.select("details.cite .highlight-bibtex, .cite .highlight-bibtex")) == 2, name
         rows = {row.find("th").get_text(strip=True): row.find("td") for row in page.select("table.origin tr")}
@@ -349,7 +353,7 @@ def test_every_page_can_be_cited_and_every_notebook_says_where_it_comes_from(pag
 
 
 def test_the_button_of_the_theme_gives_the_notebook_as_it_ran(pages):
-    for chapter in pipeline.chapters(ROOT):
+    for chapter in checkout.chapters(ROOT):
         page = pages[HTML / "notebooks" / f"{chapter.path.stem}.html"]
         (button,) = page.select("a.btn-download-source-button")
         nb = nbformat.read((HTML / "notebooks" / button["href"]).resolve(), as_version=4)
@@ -359,9 +363,9 @@ def test_the_button_of_the_theme_gives_the_notebook_as_it_ran(pages):
 def test_the_reference_documents_everything_public(pages):
     there = {tag["id"] for tag in pages[HTML / "book" / "api.html"].find_all(id=True)}
     wanted = set()
-    for name in (name for floor in reference.floors() for name in floor):
-        module = importlib.import_module(f"kncore.{name}")
+    for name in [name for package in (kncore, knpaper, knbook) for name in sphinxext.modules(package)]:
+        module = importlib.import_module(name)
         for member, what in vars(module).items():
             own = (inspect.isfunction(what) or inspect.isclass(what)) and what.__module__ == module.__name__
-            wanted |= {f"kncore.{name}.{member}"} if own and not member.startswith("_") else set()
+            wanted |= {f"{name}.{member}"} if own and not member.startswith("_") else set()
     assert wanted and wanted <= there, wanted - there

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kncore import cases, grammar, public, tasks
-from kncore.tasks import DATA
+from knpaper import cases, grammar, tasks
+from knpaper.datasets import counterfact, pararel
+from knpaper.tasks import DATA
 
 TWO_WAY = sorted(name for name in tasks.relations() if tasks.describe(name).inverse)
 SEEDS = st.integers(0, 2**32)
@@ -34,17 +35,17 @@ def check_common(found: list[cases.Case]) -> None:
         request = case.request
         assert request.foil and request.target != request.foil and request.subject in request.prompt
         assert request.template.replace("{}", request.subject) == request.prompt
-        assert list(case.asked) == [name for name in case.asked if name in cases.CRITERIA]
-        (reliability,) = case.asked["reliability"]
+        assert list(case.queries) == [name for name in case.queries if name in cases.CRITERIA]
+        (reliability,) = case.queries["reliability"]
         assert (reliability.prompt, reliability.target, reliability.foil) == (
             request.prompt,
             request.foil,
             request.target,
         )
-        for query in case.asked["generality"]:
+        for query in case.queries["generality"]:
             assert query.prompt != request.prompt
             assert query.task == request.task
-        for queries in case.asked.values():
+        for queries in case.queries.values():
             assert len({query.prompt for query in queries}) == len(queries)
 
 
@@ -55,7 +56,7 @@ def check_facts(found: list[cases.Case], truth: set[tuple[str, str]], templates:
         subject: subject for subject in objects
     }
     for case in found:
-        request, asked = case.request, case.asked
+        request, asked = case.request, case.queries
         assert objects[named[request.subject]] == request.target and request.foil in objects.values()
         prompts = [query.prompt for name in ("reliability", "generality") for query in asked[name]]
         assert prompts == [template.replace("{}", request.subject) for template in templates]
@@ -129,26 +130,26 @@ def test_every_fact_that_stands_in_both_tables_is_edited_once(relation, seed):
     for case in found:
         subject, old, new = case.request.subject, case.request.target, case.request.foil
         for criterion, about in (("symmetry", new), ("symmetry_old", old)):
-            asked = case.asked[criterion]
+            asked = case.queries[criterion]
             assert [query.prompt for query in asked] == [t.replace("{}", about) for t in inverse.templates]
             assert {query.target for query in asked} == {subject}
-        (owner,) = {query.foil for query in case.asked["symmetry"]}
+        (owner,) = {query.foil for query in case.queries["symmetry"]}
         assert (owner, new) in truth and (new, owner) in back and owner != subject
-        assert {query.foil for query in case.asked["symmetry_old"]} == {""}
-        assert ("largest_city" in case.asked) <= (relation == "capital")
+        assert {query.foil for query in case.queries["symmetry_old"]} == {""}
+        assert ("largest_city" in case.queries) <= (relation == "capital")
 
 
 def test_an_edit_of_the_capital_leaves_the_largest_city():
     largest = dict(pairs("largest_city"))
     found = cases.bijective("capital")
-    assert {case.request.subject for case in found if "largest_city" in case.asked} == largest.keys() & {
+    assert {case.request.subject for case in found if "largest_city" in case.queries} == largest.keys() & {
         case.request.subject for case in found
     }
     by_subject = {case.request.subject: case for case in found}
     for subject, city in [("Canada", "Toronto"), ("France", "Paris"), ("Turkey", "Istanbul")]:
         case = by_subject[subject]
-        assert len(case.asked["largest_city"]) == 5
-        for query in case.asked["largest_city"]:
+        assert len(case.queries["largest_city"]) == 5
+        for query in case.queries["largest_city"]:
             assert (query.subject, query.target, query.foil) == (subject, city, case.request.foil)
 
 
@@ -170,7 +171,7 @@ def test_subjects_and_objects_may_be_restricted(relation, seed, data):
     check_common(found)
     check_facts(found, pairs(relation), tasks.describe(relation).templates)
     for case in found:
-        near = [query.subject for query in case.asked["locality"] if query.subject in subjects]
+        near = [query.subject for query in case.queries["locality"] if query.subject in subjects]
         others = [
             subject
             for subject in subjects
@@ -197,7 +198,7 @@ def test_a_scholar_moves_to_a_field_whose_workers_are_called_otherwise(seed):
     for case in found:
         old, new = called[truth[case.request.subject]], called[case.request.foil]
         assert not set(old) & set(new)
-        asked = case.asked["synonymy"]
+        asked = case.queries["synonymy"]
         assert [query.prompt for query in asked] == [
             template.replace("{}", case.request.subject) for template in tasks.describe("occupation").templates
         ]
@@ -242,18 +243,18 @@ def test_agreement_is_edited_both_ways(half, seed):
         right, wrong = ("plural", "singular") if request.subject in plural else ("singular", "plural")
         assert (request.target, request.foil) == (forms[right], forms[wrong])
 
-        assert len(case.asked["generality"]) == cases.FEW
-        for query in case.asked["generality"]:
+        assert len(case.queries["generality"]) == cases.FEW
+        for query in case.queries["generality"]:
             other = query.item.split(":")[1]
             assert query.subject == request.subject == query.prompt.split()[-1] and other != noun
             assert {"singular": other, "plural": grammar.plural(other)}[wrong] == query.target
             assert {"singular": other, "plural": grammar.plural(other)}[right] == query.foil
 
-        (query,) = case.asked["other_determiner"]
+        (query,) = case.queries["other_determiner"]
         assert query.prompt.split() == [*request.prompt.split()[:-1], partner[request.subject]]
         assert (query.target, query.foil) == (forms[wrong], forms[right])
 
-        kept = case.asked["locality"]
+        kept = case.queries["locality"]
         assert {query.subject for query in kept} == set(partner) - {request.subject, partner[request.subject]}
         for query in kept:
             assert query.prompt.split() == [*request.prompt.split()[:-1], query.subject]
@@ -283,7 +284,7 @@ def test_the_draw_does_not_hang_on_the_order_of_sets():
     code = (
         "from kncore import cases; names = {'France', 'Italy', 'Japan', 'Peru', 'Chile', 'Cuba', 'Kenya'}; "
         "drawn = [cases.bijective(subjects=names), cases.synonymy(9, 3), cases.agreement(8, 3)]; "
-        "print([(case.request, dict(case.asked)) for part in drawn for case in part])"
+        "print([(case.request, dict(case.queries)) for part in drawn for case in part])"
     )
     runs = [
         subprocess.run(
@@ -328,22 +329,36 @@ def test_public_data_that_are_not_there_are_named(kind, tmp_path):
         cases.public_cases(kind, tmp_path)
 
 
+def test_a_shortened_case_keeps_so_many_queries_of_the_criteria_that_are_named():
+    (case,) = cases.bijective(n=1, seed=2)
+    counts = {"locality": None, "synonymy": 2, "reliability": 3, "symmetry": 1}
+    found = cases.shorten(case, counts)
+    assert found.request == case.request and list(found.queries) == ["locality", "reliability", "symmetry"]
+    assert found.queries["locality"] == case.queries["locality"] and len(found.queries["locality"]) == cases.FEW
+    assert found.queries["reliability"] == case.queries["reliability"]
+    assert found.queries["symmetry"] == case.queries["symmetry"][:1]
+    gone = {query.subject for query in case.queries["locality"][1:3]}
+    left = cases.shorten(case, counts, gone).queries["locality"]
+    assert left == tuple(query for i, query in enumerate(case.queries["locality"]) if i not in (1, 2))
+    assert cases.shorten(case, {"generality": 2}, gone).queries == {"generality": case.queries["generality"][:2]}
+
+
 # --------------------------------------------------------------------------------------- public data
 
 
 @pytest.mark.data
 def test_counterfact_as_it_stands_in_the_file(data_folder):
-    whole = {case.case_id: case for case in public.counterfact_cases(data_folder)}
+    whole = {case.case_id: case for case in counterfact.read(data_folder)}
     found = cases.public_cases("counterfact", data_folder, n=200, seed=4)
     check_common(found)
     assert found[:20] == cases.public_cases("counterfact", data_folder, n=20, seed=4)
     for case in found:
         theirs = whole[int(case.request.item.removeprefix("counterfact:"))]
-        assert case.request == theirs.rewrite and case.asked["locality"] == theirs.neighbours
-        record = theirs.record
-        assert [query.prompt for query in case.asked["generality"]] == [record["rephrase_prompt"].rstrip()]
-        for query in (*case.asked["reliability"], *case.asked["generality"]):
-            assert (query.target, query.foil) == (record["target_new"], record["ground_truth"])
+        assert case.request == theirs.rewrite and case.queries["locality"] == theirs.neighbours
+        paraphrases = [query.prompt for query in theirs.paraphrases]
+        assert [query.prompt for query in case.queries["generality"]] == paraphrases
+        for query in (*case.queries["reliability"], *case.queries["generality"]):
+            assert (query.target, query.foil) == (theirs.rewrite.foil, theirs.rewrite.target)
 
 
 @pytest.mark.data
@@ -352,17 +367,17 @@ def test_the_capitals_of_pararel_both_ways(kind, other, data_folder):
     """Facts and their reverse, read from the masked form of the patterns."""
     there, back = (defaultdict(set) for _ in range(2))
     for name, facts in ((kind, there), (other, back)):
-        for query in public.pararel(name, data_folder):
+        for query in pararel.read(name, data_folder):
             facts[query.subject].add(query.target)
     found = cases.public_cases(kind, data_folder)
     check_common(found)
     assert len(found) >= 60
     for case in found:
         subject, old, new = case.request.subject, case.request.target, case.request.foil
-        assert there[subject] == {old} and back[old] == {subject} and len(case.asked["locality"]) == cases.FEW
-        assert {(query.subject, query.target) for query in case.asked["symmetry"]} == {(new, subject)}
-        assert {query.foil for query in case.asked["symmetry"]} == back[new]
-        assert {(query.subject, query.target) for query in case.asked["symmetry_old"]} == {(old, subject)}
+        assert there[subject] == {old} and back[old] == {subject} and len(case.queries["locality"]) == cases.FEW
+        assert {(query.subject, query.target) for query in case.queries["symmetry"]} == {(new, subject)}
+        assert {query.foil for query in case.queries["symmetry"]} == back[new]
+        assert {(query.subject, query.target) for query in case.queries["symmetry_old"]} == {(old, subject)}
 
 
 @pytest.mark.data
@@ -373,5 +388,5 @@ def test_the_fields_of_pararel_that_have_a_synonym(data_folder):
     assert len(found) >= 300 and len({case.request.target for case in found}) >= 20
     for case in found:
         expected = called[case.request.foil], called[case.request.target]
-        assert {(query.target, query.foil) for query in case.asked["synonymy"]} == {expected}
-        assert {query.subject.lower() for query in case.asked["synonymy"]} == {case.request.subject.lower()}
+        assert {(query.target, query.foil) for query in case.queries["synonymy"]} == {expected}
+        assert {query.subject.lower() for query in case.queries["synonymy"]} == {case.request.subject.lower()}

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from commands import parsed
 
-from kncore import __main__, claims, pages, pipeline
+from knbook import checkout
+from knbook.parameters import check_parameters, parse_parameters
+from knpaper import claims
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = pipeline.chapters(ROOT)
+ALL = checkout.chapters(ROOT)
 CHAPTERS = [chapter for chapter in ALL if chapter.number in {claim.chapter for claim in claims.CLAIMS.values()}]
+ROLE = re.compile(r"\{(?:value|share|effect|verdict)\}`([\w-]+)[@`]")
 
 
 @cache
@@ -31,7 +35,7 @@ def named(chapters):
 def test_a_chapter_says_its_result_near_the_top_with_the_numbers_of_the_records(chapter):
     first = nbformat.read(chapter.path, as_version=4).cells[0].source
     short = next(part for part in first.split("\n\n") if part.startswith("**In short.**"))
-    asked = {match[2] for match in pages._ROLE.finditer(short)}
+    asked = set(ROLE.findall(short))
     mine = {claim.id for claim in claims.CLAIMS.values() if claim.chapter == chapter.number}
     assert asked and asked <= mine
     bare = re.sub(r"\{\w+\}`[^`]*`", "", short)
@@ -42,7 +46,7 @@ def test_a_chapter_says_its_result_near_the_top_with_the_numbers_of_the_records(
 def test_prose_asks_for_claims_that_are_declared():
     for path in [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "book").glob("*.md")]:
         text = prose(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
-        assert {match[2] for match in pages._ROLE.finditer(text)} <= set(claims.CLAIMS), path.name
+        assert set(ROLE.findall(text)) <= set(claims.CLAIMS), path.name
 
 
 @named(CHAPTERS)
@@ -69,10 +73,10 @@ def test_the_commands_of_a_chapter_run_that_chapter_with_parameters_that_it_has(
             given = [f"{name}={value}" for name, value in zip(options[1::3], options[2::3], strict=True)]
         else:
             assert [program, *rest[:2]] == [".venv/bin/python", "-m", "kncore"]
-            told = __main__.parser().parse_args(rest[2:])
-            assert told.only == [chapter.number]
-            given = [*told.parameters, *([f"model={told.model}"] if told.model else [])]
-        pipeline.check_parameters(chapter, pipeline.parse_parameters(given))
+            options = parsed(rest[2:])
+            assert options["only"] == chapter.number
+            given = [*options["parameters"], *([f"model={options['model']}"] if options["model"] else [])]
+        check_parameters(chapter, parse_parameters(given))
 
 
 @named(CHAPTERS)

@@ -10,9 +10,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from kncore import arch, checkpoint, models, rome
+from kncore import arch, checkpoint, models, rome, zoo
 from kncore.arch import spec_for
-from kncore.models import REGISTRY, load
+from kncore.models import load
+from kncore.zoo import REGISTRY
 
 
 def save(folder, family="llama"):
@@ -131,7 +132,7 @@ def test_the_revision_stays_with_files_that_decide_no_number(folder, tmp_path):
 
 @pytest.mark.kind("tokenizer-in-identity", own=True)
 def test_the_revision_of_a_model_that_comes_with_the_package_changes_with_its_tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "SHIPPED", tmp_path)
+    monkeypatch.setattr(zoo, "SHIPPED", tmp_path)
     save(tmp_path / "controlled-llama")
     before = load("controlled-llama")
     assert models.identity("controlled-llama") == ("controlled-llama", before.revision)
@@ -147,7 +148,7 @@ def test_a_folder_called_like_a_registered_model_has_another_name_and_not_its_se
     lm = load(save(tmp_path / "smollm2-135m"))
     assert lm.name == f"smollm2-135m@{lm.revision[:8]}" and lm.name not in REGISTRY
     assert (lm.name, lm.revision) == models.identity(str(tmp_path / "smollm2-135m"))
-    assert rome.hyper(lm) != rome.HYPER["smollm2-135m"]
+    assert rome.hparams_for(lm) != rome.HPARAMS["smollm2-135m"]
 
 
 @pytest.mark.kind("folder-named-like-a-model")
@@ -277,7 +278,7 @@ def test_a_tokenizer_without_a_fast_version_is_refused(tmp_path, kind):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**tiny._SHAPE, "vocab_size": 2000}))
     model.save_pretrained(tmp_path)
     getattr(transformers, kind)().save_pretrained(tmp_path)
-    refused(tmp_path, f"the tokenizer of .* \\({kind}\\) has no fast version.*save one there")
+    refused(tmp_path, f"has a tokenizer \\({kind}\\) without a fast version.*save one there")
 
 
 @pytest.mark.kind("slow-tokenizer", own=True)
@@ -331,7 +332,9 @@ def test_settings_of_how_it_is_computed_do_not_reach_the_model(tmp_path, family,
 )
 def test_attention_in_the_wrong_direction_is_refused(tmp_path, family, settings):
     rewrite(save(tmp_path, family), **settings)
-    checked_early(tmp_path, f"{next(iter(settings))} = (True|False), expected a .*{family}; give a checkpoint of that")
+    checked_early(
+        tmp_path, f"{next(iter(settings))} = (True|False), expected a {family} that .*; give a checkpoint of that"
+    )
 
 
 @pytest.mark.kind("attention-direction", own=True)
@@ -584,7 +587,7 @@ def test_an_empty_file_is_named(folder, name, said):
 @pytest.mark.kind("unexpected-weights", own=True)
 def test_an_index_that_does_not_fit_its_files_is_refused(folder):
     shard(folder, unlisted=["lm_head.weight"])
-    checked_early(folder, "does not fit its files: lm_head.weight stand in one and not in the other")
+    checked_early(folder, "does not fit its files: lm_head.weight stand in one alone")
 
 
 @pytest.mark.kind("unexpected-weights", own=True)
@@ -834,7 +837,7 @@ def test_what_is_written_into_a_folder_later_does_not_reach_a_loaded_model(folde
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(size // 2)
         file.write(bytes(size - size // 2))
-    assert torch.equal(lm.model(ids).logits, before) and not lm.touched
+    assert torch.equal(lm.model(ids).logits, before) and not lm.is_modified
 
 
 @pytest.mark.kind("ambient-state", own=True)

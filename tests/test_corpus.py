@@ -8,7 +8,8 @@ from math import log
 import pytest
 from scipy import stats as scipy_stats
 
-from kncore import corpus, grammar, tasks
+from kncore.query import MASK
+from knpaper import corpus, grammar, tasks
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +98,9 @@ def test_another_seed_is_another_world_and_the_same_seed_the_same(sentences):
 def test_what_is_asked_of_pairs_is_a_minimal_pair_in_either_form():
     some = corpus.pairs()[::400]
     for masked in (False, True):
-        for pair, query in zip(some, corpus.asked_pairs(some, masked), strict=True):
+        for pair, query in zip(some, corpus.pair_queries(some, masked), strict=True):
             assert query.masked == masked
-            whole = f"{query.prompt} {query.target}." if not masked else query.prompt.replace(tasks.MASK, query.target)
+            whole = f"{query.prompt} {query.target}." if not masked else query.prompt.replace(MASK, query.target)
             assert f"{pair.determiner} {pair.form}" in whole
             assert query.foil != query.target
 

@@ -1,4 +1,4 @@
-"""The second moment of keys against the mean of outer products, token by token; and text sampled from the model."""
+"""The second moment of keys against the mean of outer products, token by token."""
 
 import functools
 import itertools
@@ -11,8 +11,9 @@ import tiny
 import torch
 import whole
 
-from kncore import cache, covariance, words
-from kncore.covariance import generate
+from kncore import covariance, prose
+from kncore.generation import generate
+from kncore.store import cache
 
 MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -27,7 +28,7 @@ TEXTS = [
 @pytest.fixture(autouse=True)
 def models_stay_as_they_were():
     yield
-    assert not any(lm.touched for lm in MODELS.values())
+    assert not any(lm.is_modified for lm in MODELS.values())
 
 
 @pytest.fixture
@@ -74,6 +75,18 @@ def test_the_covariance_is_the_mean_of_outer_products(family, folder):
         torch.testing.assert_close(got, naive(lm, pieces(lm, limit), block), atol=1e-6, rtol=1e-4)
 
 
+@on_all_families
+def test_texts_that_are_given_are_those_of_a_folder(family, folder, tmp_path):
+    lm = MODELS[family]
+    got = covariance.covariance(lm, 1, TEXTS)
+    assert torch.equal(got, covariance.covariance(lm, 1, str(folder)))
+    assert not torch.equal(got, covariance.covariance(lm, 1, TEXTS[:2]))
+    with pytest.raises(ValueError, match="no two tokens in a row"):
+        covariance.covariance(lm, 1, [])
+    with pytest.raises(ValueError, match="or a folder of text files; got"):
+        covariance.covariance(lm, 1, ["the cat", 3])
+
+
 def test_blocks_above_are_not_run(folder):
     lm = MODELS["gpt2"]
     runs = Counter()
@@ -93,7 +106,7 @@ def test_blocks_above_are_not_run(folder):
 def test_samples_are_the_models_own_text(family, monkeypatch):
     monkeypatch.setattr(covariance, "SAMPLES", 6)
     lm = MODELS[family]
-    starts = [lm.tokenizer(text)["input_ids"][:3] for text in words.passages()[:6]]
+    starts = [lm.tokenizer(text)["input_ids"][:3] for text in prose.passages()[:6]]
     want = generate(lm, torch.tensor(starts), 64, seed=4).tolist()
     got = covariance.covariance(lm, 1, seed=4)
     torch.testing.assert_close(got, naive(lm, want, 1), atol=1e-6, rtol=1e-4)
@@ -103,7 +116,7 @@ def test_samples_are_the_models_own_text(family, monkeypatch):
 def test_text_means_the_passages():
     lm = MODELS["bert"]
     got = covariance.covariance(lm, 0, "text")
-    ids = [lm.tokenizer(text)["input_ids"] for text in words.passages()]
+    ids = [lm.tokenizer(text)["input_ids"] for text in prose.passages()]
     assert all(len(one) < 64 for one in ids)
     torch.testing.assert_close(got, naive(lm, ids, 0), atol=1e-6, rtol=1e-4)
 
@@ -127,8 +140,6 @@ def test_it_is_computed_once_for_each_text_block_and_model(folder, monkeypatch):
     changed = covariance.covariance(lm, 1, str(folder))
     assert not torch.equal(first, changed) and computed == [1, 2, 1, 1]
     assert len(files()) == 4
-    covariance.covariance(lm, 1, str(folder), store=False)
-    assert computed == [1, 2, 1, 1, 1] and len(files()) == 4
 
 
 def test_samples_are_drawn_once(monkeypatch):
@@ -247,63 +258,3 @@ def test_neurons_that_are_not_numbers_have_no_covariance(family, folder):
     with pytest.raises(ValueError, match=f"block 1 of tiny-{family} are not finite"):
         covariance.covariance(lm, 1, str(folder))
     assert not files()
-
-
-@pytest.mark.kind("raw-errors", own=True)
-def test_a_model_without_probabilities_writes_no_text():
-    lm = tiny.lm("llama")
-    with torch.no_grad():
-        lm.model.get_output_embeddings().weight[3] = float("nan")
-    for seed in (0, None):
-        with pytest.raises(ValueError, match="probabilities of tiny-llama are not numbers"):
-            generate(lm, torch.tensor([[5, 6]]), 5, seed=seed)
-    with pytest.raises(ValueError, match="the context of tiny-gpt2 is 64"):
-        generate(MODELS["gpt2"], torch.tensor([[5, 6]]), 65)
-
-
-# Sampling
-
-
-@pytest.mark.parametrize("family", tiny.CAUSAL)
-def test_samples_follow_the_models_distribution(family):
-    """Two tokens after one prompt: shares of 4000 samples against probabilities of full passes."""
-    lm, n = MODELS[family], 4000
-    prompt = lm.tokenizer("the capital of")["input_ids"]
-    drawn = generate(lm, torch.tensor([prompt] * n), 5)
-    assert drawn.shape == (n, 5) and drawn[:, :3].tolist() == [prompt] * n
-    with torch.no_grad():
-        first = lm.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
-        then = lm.model(torch.tensor([[*prompt, i] for i in range(tiny.VOCAB)])).logits[:, -1].softmax(-1)
-    wanted = first[:, None] * then
-    got = torch.zeros_like(wanted).index_put_((drawn[:, 3], drawn[:, 4]), torch.tensor(1 / n), accumulate=True)
-    error = (got - wanted) / (wanted * (1 - wanted) / n).sqrt().clamp_min(1e-4)
-    assert error[wanted > 5 / n].abs().max() < 5
-    assert float((got - wanted).abs().sum()) < 2 * float((2 / torch.pi * wanted / n).sqrt().sum())
-
-
-def test_samples_depend_on_the_seed_alone():
-    lm = MODELS["llama"]
-    prompts = torch.tensor([lm.tokenizer("the cats")["input_ids"]] * 3)
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    first = generate(lm, prompts, 12, seed=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(99)
-    assert torch.equal(generate(lm, prompts, 12, seed=1), first)
-    assert not torch.equal(generate(lm, prompts, 12, seed=2), first)
-
-
-@pytest.mark.parametrize("family", tiny.CAUSAL)
-def test_without_a_seed_the_most_probable_token_comes_also_after_padding(family):
-    lm = MODELS[family]
-    texts = ["the capital of France", "Anna", "these red books"]
-    ids = [lm.tokenizer(text)["input_ids"] for text in texts]
-    padded = torch.tensor([[0] * (4 - len(one)) + one for one in ids])
-    real = torch.tensor([[False] * (4 - len(one)) + [True] * len(one) for one in ids])
-    got = generate(lm, padded, 10, seed=None, real=real)
-    for row, one in zip(got.tolist(), ids, strict=True):
-        one = list(one)
-        for _ in range(6):
-            with torch.no_grad():
-                one.append(int(lm.model(torch.tensor([one])).logits[0, -1].argmax()))
-        assert row[-len(one) :] == one

@@ -17,12 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kncore import arch, criteria, models
-from kncore.cases import Case
-from kncore.criteria import entropy, generations, measure, success, summary
+from kncore import arch, models, zoo
 from kncore.editors import Edit
 from kncore.interventions import Delta, edited
-from kncore.tasks import Query
+from kncore.query import Query
+from knpaper import criteria, stats
+from knpaper.cases import Case
+from knpaper.criteria import entropy, generations, measure, success, summary
 
 MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -40,7 +41,7 @@ ASKED = [
 @pytest.fixture(autouse=True)
 def models_stay_as_they_were():
     yield
-    assert not any(lm.touched for lm in MODELS.values())
+    assert not any(lm.is_modified for lm in MODELS.values())
 
 
 def queries(masked: bool) -> list[Query]:
@@ -128,7 +129,7 @@ def test_the_table_is_what_models_changed_by_hand_say(family):
     changed, clear = 0, []
     for i, (case, edit) in enumerate(zip(cases, edits, strict=True)):
         model = by_hand(lm, edit)
-        for criterion, asked in case.asked.items():
+        for criterion, asked in case.queries.items():
             for query in asked:
                 row = next(rows)
                 told = (row.case, row.item, row.criterion, row.prompt, row.target, row.foil, row.failed)
@@ -340,6 +341,26 @@ def test_the_summary_worked_out_by_hand():
     assert nothing["cases"] == 0 and math.isnan(nothing["after"]) and math.isnan(nothing["low"])
 
 
+def test_shares_of_one_criterion_worked_out_by_hand():
+    table = TOLD.assign(item=[f"item {case}" for case in TOLD["case"]])
+    assert criteria.share(table, "reliability") == stats.share([True, False])
+    assert criteria.share(table, "generality") == stats.share([True, False, True], [0, 0, 1])
+    assert criteria.share(table, "locality", "margin").value == pytest.approx((2 / 3 + 0) / 1)
+    assert criteria.share(table, "generality", "margin").value == 1
+    found = criteria.item_shares(table, "generality")
+    assert found.to_dict() == {"item 0": 0.5, "item 1": 1}
+    assert criteria.item_shares(table, "reliability").to_dict() == {"item 0": 1, "item 1": 0}
+    assert criteria.item_shares(table, "symmetry_old").to_dict() == {"item 0": 0}
+
+
+def test_margins_of_items_worked_out_by_hand():
+    table = TOLD.assign(item=[f"item {case}" for case in TOLD["case"]])
+    found = criteria.item_margins(table)
+    assert found.index.tolist() == ["item 0", "item 1"]  # the edit of item 2 failed
+    assert found["reliability"].tolist() == [1.0, -0.5] and found["generality"].tolist() == [0.5, 2.5]
+    assert found["locality"].tolist() == [1.0, 2.0] and found["symmetry_old"].isna().all()
+
+
 def test_an_edit_that_changes_nothing_keeps_everything():
     lm = MODELS["mistral"]
     asked = tuple(queries(False))
@@ -440,8 +461,8 @@ def test_entropy_of_known_texts():
 
 @pytest.mark.model
 def test_on_the_default_model_batches_equal_questions_asked_alone():
-    entry = models.REGISTRY[models.DEFAULT]
-    if not (models.cache_folder() / "models" / f"{models.DEFAULT}-{entry.sha256[:16]}").is_dir():
+    entry = zoo.REGISTRY[zoo.DEFAULT]
+    if not (zoo.cache_folder() / "models" / f"{zoo.DEFAULT}-{entry.sha256[:16]}").is_dir():
         pytest.skip("the default model is not in the cache; `make install` puts it there")
     lm = models.load()
     asked = (
@@ -470,4 +491,4 @@ def test_on_the_default_model_batches_equal_questions_asked_alone():
             assert getattr(row, f"logp_{when}") == pytest.approx(logp[0], abs=1e-3)
             assert getattr(row, f"margin_{when}") == pytest.approx(logp[0] - logp[1], abs=1e-3)
     assert (table["logp_after"] - table["logp_before"]).abs().min() > 0.01
-    assert not lm.touched
+    assert not lm.is_modified

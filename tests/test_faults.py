@@ -19,18 +19,18 @@ KINDS = {
     "trial", [pytest.param(trial, marks=KINDS.get(trial, ()), id=trial.__name__) for trial in faults.TRIALS]
 )
 def test_nothing_is_lost(trial, tmp_path):
-    told = trial(tmp_path)
-    assert told.sound, told
+    tally = trial(tmp_path)
+    assert tally.sound, tally
 
 
 def test_a_loss_would_be_told():
-    assert faults.Told(tried=2, said=2, again=2, same=2).sound
+    assert faults.Tally(tried=2, said=2, again=2, same=2).sound
     for worse in ({"half": 1}, {"said": 1}, {"again": 1}, {"same": 1}, {"tried": 0}):
-        assert not faults.Told(**{"tried": 2, "said": 2, "again": 2, "same": 2, **worse}).sound
+        assert not faults.Tally(**{"tried": 2, "said": 2, "again": 2, "same": 2, **worse}).sound
 
 
 def test_runs_are_killed_twenty_times_and_the_table_counts_all():
-    told = {what: faults.Told(i, 0, i, i, i) for i, what in enumerate(faults.TRIALS.values(), 1)}
-    total = sum(one.tried for one in told.values())
-    assert f"| **all** | {total} | 0 | {total} | {total} | {total} |" in faults.table(told)
-    assert faults.KILLS[faults.kills_of_a_toy] + faults.KILLS[faults.kills_of_a_chapter] >= 20
+    tallies = {what: faults.Tally(i, 0, i, i, i) for i, what in enumerate(faults.TRIALS.values(), 1)}
+    total = sum(tally.tried for tally in tallies.values())
+    assert f"| **all** | {total} | 0 | {total} | {total} | {total} |" in faults.table(tallies)
+    assert faults.KILLS[faults.toy] + faults.KILLS[faults.chapter] >= 20

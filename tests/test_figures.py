@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from kncore import figures
 from kncore.neurons import Neuron
-from kncore.stats import Estimate
+from knpaper import figures
+from knpaper.stats import Estimate
 
 
 def scores(n_blocks=4, n_neurons=30):
@@ -71,18 +71,18 @@ PROFILES = {"residual": {"the fact": {b: Estimate(0.1 * b, 0.1 * b - 0.2, 0.1 * 
 LOSSES = [[2.5, -0.3, 0.001], [0.0, 1.25, -0.002]]
 DRAW = {
     "attribution_map": lambda: figures.attribution_map(scores()),
-    "attribution_map_wide": lambda: figures.attribution_map(scores(30, 1536), unit="log probability"),
+    "attribution_map_wide": lambda: figures.attribution_map(scores(30, 1536)),
     "attribution_map_tiny": lambda: figures.attribution_map(scores(1, 3)),
     "block_shares": lambda: figures.block_shares({"facts": [0.1, 0.5], "grammar": [0.2, 0.3]}, "share"),
-    "block_shares_one": lambda: figures.block_shares({"facts": [0.1, 0.5]}, "share", [figures.FACTS]),
+    "block_shares_one": lambda: figures.block_shares({"facts": [0.1, 0.5]}, "share"),
     "intervals": lambda: figures.intervals(ROWS, "R₁²"),
     "intervals_zero": lambda: figures.intervals(ROWS, "R₁²", [figures.FACTS, figures.GRAMMAR], zero=True),
     "leaders": lambda: figures.leaders(LEADERS),
     "grouped": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS),
     "grouped_one": lambda: figures.grouped({"a": {"b": ROWS["one"]}}, "share", {"b": "black"}, zero=False),
     "grouped_before": lambda: figures.grouped(EFFECTS, "share", EFFECT_COLOURS, before=BEFORE),
-    "trace_map": lambda: figures.trace_map(*EFFECTS_OF_STATES["residual"][:3], "effect", (3, 4)),
-    "trace_map_zero": lambda: figures.trace_map(torch.zeros(6, 4), TOKENS, range(4), "effect", (3, 4)),
+    "trace_maps_one": lambda: figures.trace_maps({"": EFFECTS_OF_STATES["residual"]}, "effect")[0],
+    "trace_maps_zero": lambda: figures.trace_maps({"": (torch.zeros(6, 4), TOKENS, range(4), (3, 4))}, "effect")[0],
     "trace_maps": lambda: figures.trace_maps(EFFECTS_OF_STATES, "effect")[0],
     "token_rows": lambda: figures.token_rows(
         {"a": (["The", " $5", "["], [0.0, 1.0, -0.2]), "b": (["x"], [0.3])}, "reach"
@@ -112,8 +112,8 @@ LABELS = {
     "grouped": ("share", ""),
     "grouped_one": ("share", ""),
     "grouped_before": ("share", ""),
-    "trace_map": ("block", ""),
-    "trace_map_zero": ("block", ""),
+    "trace_maps_one": ("block", ""),
+    "trace_maps_zero": ("block", ""),
     "trace_maps": ("block", ""),
     "token_rows": ("token of the prompt", ""),
     "scatter_zero": ("frequency (Zipf)", "loss"),
@@ -174,7 +174,7 @@ def test_every_figure_is_drawn_here():
     public = {name for name in own if not name.startswith("_")}
     ends = ("_wide", "_tiny", "_one", "_zero", "_empty", "_signed", "_before", "_linear")
     drawn = {name.removesuffix(end) for name in DRAW for end in ends}
-    assert public - {"plain", "setup", "table"} <= drawn
+    assert public - {"header", "plain", "rules", "setup", "table"} <= drawn
 
 
 def test_numbers_are_written_into_the_cells_of_tokens_that_they_are_large_for():
@@ -200,15 +200,15 @@ def test_other_numbers_give_another_picture():
 
 
 def test_the_map_shows_the_largest_score_of_each_pixel_with_its_sign():
-    table = torch.zeros(2, 400)
-    table[0, 3], table[0, 2], table[1, 399] = -2.0, 1.5, 0.7
-    ax = figures.attribution_map(table, bins=100)
+    table = torch.zeros(2, 384)
+    table[0, 3], table[0, 2], table[1, 383] = -2.0, 1.5, 0.7
+    ax = figures.attribution_map(table)
     shown = np.asarray(ax.images[0].get_array())
-    want = np.zeros((2, 100))
-    want[0, 0], want[1, 99] = -2.0, 0.7
+    want = np.zeros((2, 192))
+    want[0, 1], want[1, 191] = -2.0, 0.7
     assert shown == pytest.approx(want, abs=1e-6)
     assert ax.images[0].get_clim() == (-2.0, 2.0)
-    assert ax.images[0].get_extent() == [0, 400, -0.5, 1.5]
+    assert ax.images[0].get_extent() == [0, 384, -0.5, 1.5]
 
 
 @pytest.mark.parametrize("width", [3, 191, 192, 193, 1000])
@@ -222,8 +222,8 @@ def test_no_neuron_falls_between_the_pixels(width):
 def test_the_map_numbers_the_largest_scores_where_they_are():
     table = torch.zeros(3, 50)
     table[2, 49], table[0, 7], table[1, 20] = 3.0, 2.0, -9.0
-    notes = {note.get_text(): note.xy for note in figures.attribution_map(table, name=2).texts}
-    assert notes == {"1": (49, 2), "2": (7, 0)}
+    notes = {note.get_text(): note.xy for note in figures.attribution_map(table).texts}
+    assert len(notes) == 5 and notes["1"] == (49, 2) and notes["2"] == (7, 0)
 
 
 def test_intervals_are_drawn_from_end_to_end_in_the_order_given():
@@ -327,7 +327,7 @@ def test_trace_maps_show_the_effects_as_given_and_share_their_colours():
 
 @pytest.mark.parametrize("lowest, end", [(-0.1, "min"), (0.0, "neither")])
 def test_the_bar_of_a_trace_map_ends_in_an_arrow_where_effects_are_below_zero(lowest, end):
-    ax = figures.trace_map(torch.tensor([[lowest, 0.5], [0.2, 0.1]]), ["a", "b"], [0, 3], "effect", (1, 1))
+    ax = figures.trace_maps({"": (torch.tensor([[lowest, 0.5], [0.2, 0.1]]), ["a", "b"], [0, 3], (1, 1))}, "effect")[0]
     assert ax.images[0].colorbar.extend == end and ax.images[0].get_clim() == (0, 0.5)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b*"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "3"]
@@ -488,7 +488,7 @@ def test_a_matrix_has_two_decimals_up_to_one(size, text):
 
 
 def test_groups_can_be_told_apart():
-    ax = figures.block_shares({"facts": [0.1, 0.2], "grammar": [0.3, 0.4]}, "share", [figures.FACTS, figures.GRAMMAR])
+    ax = figures.block_shares({"facts": [0.1, 0.2], "grammar": [0.3, 0.4]}, "share")
     assert [line.get_label() for line in ax.lines[:2]] == ["facts", "grammar"]
     assert [line.get_color() for line in ax.lines[:2]] == [figures.FACTS, figures.GRAMMAR]
     assert [list(line.get_ydata()) for line in ax.lines[:2]] == [[0.1, 0.2], [0.3, 0.4]]

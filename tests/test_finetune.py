@@ -8,21 +8,21 @@ import tiny
 import torch
 import whole
 
-from kncore.finetune import Hyper, finetune
+from kncore.finetune import HParams, finetune
 from kncore.interventions import Delta, edited
-from kncore.tasks import Query
+from kncore.query import Query
 
 MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 WEIGHTS = {family: [p.clone() for p in lm.model.parameters()] for family, lm in MODELS.items()}
 on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
-QUICK = Hyper(1, steps=3, lr=1e-2, limit=1.0, stop=0.0)
+QUICK = HParams(1, steps=3, lr=1e-2, limit=1.0, stop=0.0)
 
 
 @pytest.fixture(autouse=True)
 def models_stay_as_they_were():
     yield
     for family, lm in MODELS.items():
-        assert not lm.touched
+        assert not lm.is_modified
         assert all(torch.equal(p, was) for p, was in zip(lm.model.parameters(), WEIGHTS[family], strict=True))
 
 
@@ -167,8 +167,8 @@ def test_a_request_without_numbers_leaves_the_others_as_they_are():
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Hyper(**{"block": 1, **wrong})
-    assert Hyper(np.int64(1), lr=np.float32(0.5)) == Hyper(1, lr=0.5)
+        HParams(**{"block": 1, **wrong})
+    assert HParams(np.int64(1), lr=np.float32(0.5)) == HParams(1, lr=0.5)
 
 
 @pytest.mark.kind("raw-errors")

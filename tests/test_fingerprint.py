@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from kncore import attribution, fingerprint, rome, tracing
+import kncore
+from kncore import attribution, rome, tracing
+from kncore.store import fingerprint
 
-SOURCE = Path(fingerprint.__file__).parent
-ROOTS = (
-    "attribution.attribute rome.search tracing.trace covariance.covariance finetune.finetune criteria.measure".split()
-)
+SOURCE = Path(kncore.__file__).parent
+ROOTS = [f"kncore.{name}" for name in ("attribution.attribute", "rome.search", "tracing.trace")]
+ROOTS += ["kncore.covariance.covariance", "kncore.finetune.finetune", "knpaper.criteria.measure"]
 PROGRAM = """
 import importlib, sys
-from kncore import fingerprint
+from kncore.store import fingerprint
 for root in sys.argv[1:]:
-    module, _, name = root.partition(".")
-    print(fingerprint.code(getattr(importlib.import_module(f"kncore.{module}"), name)))
+    module, _, name = root.rpartition(".")
+    print(fingerprint.code(getattr(importlib.import_module(module), name)))
 """
 
 
@@ -36,12 +37,13 @@ def hashes(folder: Path, *roots: str) -> list[str]:
 def package(tmp_path: Path) -> Path:
     """A copy of the package's code, where it can be changed."""
     hidden = shutil.ignore_patterns("weights", "__pycache__")
-    shutil.copytree(SOURCE, tmp_path / "kncore", ignore=hidden)
+    for name in fingerprint.PACKAGES:
+        shutil.copytree(SOURCE.parent / name, tmp_path / name, ignore=hidden)
     return tmp_path
 
 
 def edit(package: Path, module: str, old: str, new: str) -> None:
-    path = package / "kncore" / f"{module}.py"
+    path = package / f"{module}.py"
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
@@ -49,29 +51,36 @@ def edit(package: Path, module: str, old: str, new: str) -> None:
 
 # What decides a number: (module, old text, new text, a function that must notice).
 DECIDES = [
-    ("attribution", "PANEL_NODES = 5", "PANEL_NODES = 6", "attribution.attribute"),
-    ("attribution", "torch.float16: 16", "torch.float16: 17", "attribution.attribute"),
-    ("attribution", "weights / 2", "weights / 3", "attribution.attribute"),
-    ("arch", "new = see(args[0])", "new = see(args[0] * 1)", "attribution.attribute"),
-    ("models", "self.spec.norm is not None and not normed", "self.spec.norm is not None", "attribution.attribute"),
-    ("tokens", "len(ids) - 1", "len(ids) - 2", "tracing.trace"),
-    ("replay", "prefix // 16", "prefix // 8", "rome.search"),
-    ("rome", "lr: float = 0.5", "lr: float = 0.4", "rome.search"),
-    ("covariance", "dtype=torch.float64", "dtype=torch.float32", "covariance.covariance"),
+    ("kncore/attribution", "PANEL_NODES = 5", "PANEL_NODES = 6", "kncore.attribution.attribute"),
+    ("kncore/attribution", "torch.float16: 16", "torch.float16: 17", "kncore.attribution.attribute"),
+    ("kncore/attribution", "weights / 2", "weights / 3", "kncore.attribution.attribute"),
+    ("kncore/arch", "new = see(args[0])", "new = see(args[0] * 1)", "kncore.attribution.attribute"),
+    (
+        "kncore/models",
+        "self.spec.norm is not None and not normed",
+        "self.spec.norm is not None",
+        "kncore.attribution.attribute",
+    ),
+    ("kncore/tokens", "len(ids) - 1", "len(ids) - 2", "kncore.tracing.trace"),
+    ("kncore/replay", "prefix // 16", "prefix // 8", "kncore.rome.search"),
+    ("kncore/rome", "lr: float = 0.5", "lr: float = 0.4", "kncore.rome.search"),
+    ("kncore/covariance", "dtype=torch.float64", "dtype=torch.float32", "kncore.covariance.covariance"),
 ]
 # What does not.
 IDLE = {
-    "a docstring": lambda p: edit(p, "replay", '"""The engine:', '"""The motor:'),
-    "a comment": lambda p: edit(p, "attribution", "# Rounding noise", "# The rounding noise"),
-    "a line before all": lambda p: edit(p, "attribution", '"""', '# here\n"""'),
+    "a docstring": lambda p: edit(p, "kncore/replay", '"""The engine:', '"""The motor:'),
+    "a comment": lambda p: edit(p, "kncore/attribution", "# Rounding noise", "# The rounding noise"),
+    "a line before all": lambda p: edit(p, "kncore/attribution", '"""', '# here\n"""'),
     "an import that is not used": lambda p: edit(
-        p, "replay", "import contextlib\n", "import contextlib\nimport csv  # noqa\n"
+        p, "kncore/replay", "import contextlib\n", "import contextlib\nimport csv  # noqa\n"
     ),
-    "an annotation of a shape": lambda p: edit(p, "attribution", '"query block neuron"', '"prompt block neuron"'),
-    "figures": lambda p: edit(p, "figures", "def setup(", "SIZE = 3\n\n\ndef setup("),
-    "claims": lambda p: edit(p, "claims", "def effect(", "EXTRA = 3\n\n\ndef effect("),
+    "an annotation of a shape": lambda p: edit(
+        p, "kncore/attribution", '"query block neuron"', '"prompt block neuron"'
+    ),
+    "figures": lambda p: edit(p, "knpaper/figures", "def setup(", "SIZE = 3\n\n\ndef setup("),
+    "claims": lambda p: edit(p, "knpaper/records", "def effect(", "EXTRA = 3\n\n\ndef effect("),
     "a function that is not reached": lambda p: edit(
-        p, "stats", "def share(", "def unused():\n    return 3\n\n\ndef share("
+        p, "knpaper/stats", "def share(", "def unused():\n    return 3\n\n\ndef share("
     ),
 }
 
@@ -84,34 +93,36 @@ def test_what_decides_a_number_changes_the_code_and_what_does_not_leaves_it(pack
         change(package)
         assert dict(zip(ROOTS, hashes(package, *ROOTS), strict=True)) == before, name
     for module, old, new, root in DECIDES:
-        text = (package / "kncore" / f"{module}.py").read_text(encoding="utf-8")
+        text = (package / f"{module}.py").read_text(encoding="utf-8")
         edit(package, module, old, new)
         assert hashes(package, root) != [before[root]], (module, new)
-        (package / "kncore" / f"{module}.py").write_text(text, encoding="utf-8")
+        (package / f"{module}.py").write_text(text, encoding="utf-8")
 
 
 @pytest.mark.kind("identity")
 def test_a_definition_may_move_to_another_file_and_the_order_may_change(package):
-    before = hashes(package, "tracing.trace")
+    before = hashes(package, "kncore.tracing.trace")
     path = package / "kncore" / "tracing.py"
     text = path.read_text(encoding="utf-8")
-    start = text.index("def _number(")
+    start = text.index("def _read(")
     end = text.index("\n\n\n", start) + 3
     moved = text[start:end]
-    assert "random" in moved
+    assert "softmax" in moved
     elsewhere = package / "kncore" / "elsewhere.py"
-    elsewhere.write_text("import random\nfrom collections.abc import Sequence\n\n\n" + moved, encoding="utf-8")
+    elsewhere.write_text(
+        "import torch\nfrom jaxtyping import Float\nfrom torch import Tensor\n\n\n" + moved, encoding="utf-8"
+    )
     text = text[:start] + text[end:]
     path.write_text(
-        text.replace("from kncore import arch", "from kncore.elsewhere import _number\nfrom kncore import arch", 1)
+        text.replace("from kncore import arch", "from kncore.elsewhere import _read\nfrom kncore import arch", 1)
     )
-    assert hashes(package, "tracing.trace") == before
+    assert hashes(package, "kncore.tracing.trace") == before
     path.write_text(
         text.replace("from kncore import arch", "from kncore import elsewhere, arch", 1).replace(
-            "_number(", "elsewhere._number("
+            "_read(", "elsewhere._read("
         )
     )
-    assert hashes(package, "tracing.trace") == before
+    assert hashes(package, "kncore.tracing.trace") == before
 
 
 @pytest.mark.kind("identity", own=True)
@@ -119,9 +130,9 @@ def test_an_edit_of_a_file_does_not_change_a_program_that_runs(package):
     program = PROGRAM.replace(
         "for root", "import pathlib; pathlib.Path('kncore/attribution.py').write_text('x = 1')\nfor root"
     )
-    before = hashes(package, "attribution.attribute")
+    before = hashes(package, "kncore.attribution.attribute")
     done = subprocess.run(
-        [sys.executable, "-c", program, "attribution.attribute"],
+        [sys.executable, "-c", program, "kncore.attribution.attribute"],
         cwd=package,
         capture_output=True,
         text=True,
@@ -136,8 +147,8 @@ def test_an_edit_of_a_file_does_not_change_a_program_that_runs(package):
     [
         (attribution, "DEPTH", 3),
         (attribution, "_split", lambda path, parts: []),
-        (rome, "_verdict", lambda *x: ""),
-        (tracing, "_number", print),
+        (rome, "_unfit", lambda *x: ""),
+        (tracing, "_noise", print),
     ],
 )
 def test_what_was_replaced_while_the_program_runs_is_other_code(module, name, value, monkeypatch):
@@ -179,7 +190,7 @@ def test_cells_count_by_what_they_compute():
 
 def test_no_definition_of_a_kernel_is_missed():
     """An independent look at the sources: every name that `attribute` uses, and those names use, is reached."""
-    reached, todo = set(), [fingerprint.Definition("attribution", "attribute")]
+    reached, todo = set(), [fingerprint.Definition("kncore.attribution", "attribute")]
     while todo:
         definition = todo.pop()
         if definition not in reached:

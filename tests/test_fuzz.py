@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -21,7 +22,13 @@ from papermill.translators import translate_parameters
 from toy import COMPUTE, make_checkout, notebook
 
 import kncore
-from kncore import Query, __main__, book, claims, editors, grammar, models, pipeline, public, sweep, tasks
+from knbook import book, checkout, cli, kernel, prompts, shards
+from knbook.errors import RunError, UsageError
+from knbook.parameters import check_parameters, parse_parameters
+from kncore import Query, editors, models, zoo
+from knpaper import grammar, tasks
+from knpaper.datasets import blimp, counterfact, known_1000, pararel
+from knpaper.records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 LMS = {family: tiny.lm(family) for family in ("gpt2", "bert")}
@@ -56,6 +63,14 @@ texts = st.sampled_from(ODD) | st.text(max_size=40) | st.sampled_from(["the capi
 few = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+def deliberate(error: Exception) -> bool:
+    """Whether a line of this package that says `raise` raised it, and no call of something else."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    folders = {folder.name for folder in Path(last.filename).parents[:2]}
+    ours = not folders.isdisjoint(("kncore", "knpaper", "knbook"))
+    return ours and (last.line or "").startswith("raise ") and isinstance(error, ValueError | TypeError | RuntimeError)
+
+
 @contextlib.contextmanager
 def answered(*kinds: type[Exception], typed: bool = True):
     """No other error than these, raised by a line of ours, and each says something, which fits into one line.
@@ -67,10 +82,10 @@ def answered(*kinds: type[Exception], typed: bool = True):
         try:
             yield
         except Exception as error:
-            ours = not typed or hasattr(error, "exit_code") or isinstance(error, OSError) or __main__._meant(error)
+            ours = not typed or hasattr(error, "exit_code") or isinstance(error, OSError) or deliberate(error)
             if not ours or not isinstance(error, kinds or (ValueError, TypeError)):
                 raise
-            told = __main__._line(str(error))
+            told = cli._line(str(error))
             assert told and "\n" not in told and len(told) < 2000, told
 
 
@@ -83,29 +98,27 @@ def typed(tmp_path):
     root = make_checkout(tmp_path / "toy", n01_toy=notebook(COMPUTE))
 
     def stop(*_, **__):
-        raise pipeline.RunError("it would have been done")
+        raise RunError("it would have been done")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("KNCORE_CACHE", str(root / "cache"))
         patch.setenv("KNCORE_SCORES", str(root / "scores"))
         for place, name, put in (
-            (pipeline, "_execute", stop),
+            (kernel, "execute", stop),
             (book, "book", stop),
             (book, "pdf", stop),
             (models, "_from_pretrained", stop),
-            (models, "_cached", stop),
-            (models, "_snapshot", stop),
+            (zoo, "_cached", stop),
+            (zoo, "_snapshot", stop),
         ):
             patch.setattr(place, name, put)
 
         def run(arguments: list[str]) -> tuple[int, str]:
             said = io.StringIO()
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-                try:
-                    return __main__.main(arguments), said.getvalue()
-                except SystemExit as end:
-                    return int(end.code or 0), said.getvalue()
+                code = cli.main(arguments)
+            return code, said.getvalue()
 
         yield run
 
@@ -164,7 +177,7 @@ def test_a_command_is_done_or_answered_in_one_line(typed, command, rest):
     [
         (["run", "-p", "n=0"], "expected a whole number from 1"),
         (["run", "-p", "n=99999999999"], "to 2**32 - 1"),
-        (["run", "-p", "scale=.inf"], "a finite value"),
+        (["run", "-p", "scale=.inf"], "a number is written as 5, -0.25 or 1e-3"),
         (["run", "-p", "n="], "is int"),
         (["run", "--only", ","], "name one"),
         (["run", "--model", ""], "name one"),
@@ -193,7 +206,7 @@ def test_a_command_is_done_or_answered_in_one_line(typed, command, rest):
         (["sweep", "attribution", "--queries", "_toc.yml", "--out", "o"], "Expected an object with prompt and target"),
         (["merge", "notebooks", "--out", "results/all.jsonl"], "give a folder of its own"),
         (["sweep", "attribution", "--device-map", "gpu", "--out", "o"], "sequential"),
-        (["frobnicate"], "choose from"),
+        (["frobnicate"], "--help"),
         ([], "--help"),
     ],
 )
@@ -203,13 +216,13 @@ def test_the_answer_names_a_remedy(typed, arguments, remedy):
 
 
 def test_a_traceback_is_shown_to_those_who_ask_for_it(typed):
-    with pytest.raises(pipeline.UsageError):
+    with pytest.raises(UsageError):
         typed(["run", "--debug", "-p", "n=0"])
 
 
 @pytest.mark.parametrize("broken", [lambda *_: int("a fault"), lambda *_: 1 + "1", lambda *_: [][0]])
 def test_a_fault_of_ours_is_not_called_wrong_input(typed, monkeypatch, broken):
-    monkeypatch.setattr(pipeline, "find_root", broken)
+    monkeypatch.setattr(checkout, "find_root", broken)
     code, said = typed(["run"])
     assert code == 1 and "a fault of kncore" in said and "--debug" in said and said.count("\n") == 1
 
@@ -226,7 +239,7 @@ def test_memory_that_ran_out_is_called_that(typed, monkeypatch, error):
     def full():
         raise error
 
-    monkeypatch.setattr(pipeline, "find_root", full)
+    monkeypatch.setattr(checkout, "find_root", full)
     code, said = typed(["run"])
     assert code == 1 and "memory ran out" in said and "--device-map" in said and said.count("\n") == 1
 
@@ -247,7 +260,7 @@ def test_what_is_printed_ends_where_nobody_reads_on_and_has_letters_everywhere(t
 # ------------------------------------------------------------------------------------------- parameters
 
 
-CHAPTERS = pipeline.chapters(ROOT)
+CHAPTERS = checkout.chapters(ROOT)
 NAMES = sorted({name for chapter in CHAPTERS for name in chapter.defaults})
 pairs = st.tuples(st.sampled_from(NAMES) | texts, texts | st.integers().map(str) | st.floats().map(str))
 
@@ -255,22 +268,22 @@ pairs = st.tuples(st.sampled_from(NAMES) | texts, texts | st.integers().map(str)
 @few
 @given(st.sampled_from(CHAPTERS), st.lists(pairs, min_size=1, max_size=4))
 def test_parameters_are_taken_or_refused_before_anything_runs(chapter, given_pairs):
-    with answered(pipeline.UsageError):
-        pipeline.check_parameters(chapter, pipeline.parse_parameters([f"{n}={v}" for n, v in given_pairs]))
+    with answered(UsageError):
+        check_parameters(chapter, parse_parameters([f"{n}={v}" for n, v in given_pairs]))
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.path.stem)
 def test_the_defaults_and_their_like_are_taken(chapter):
-    pipeline.check_parameters(chapter, chapter.defaults)
+    check_parameters(chapter, chapter.defaults)
     good = {"n": 2, "seed": 1, "source": "public", "quadrature": "riemann", "model": "gpt2", "sweep": "0,2"}
     good |= {"models": "controlled-gpt2,controlled-bert", "corpus": str(ROOT / "book")}
-    pipeline.check_parameters(chapter, {name: value for name, value in good.items() if name in chapter.defaults})
+    check_parameters(chapter, {name: value for name, value in good.items() if name in chapter.defaults})
     bad = {"n": 0, "seed": -1, "source": "nowhere", "quadrature": "simpson", "model": "gpt", "sweep": "0,", "draws": 0}
     bad |= {"models": "controlled-gpt2,gpt", "corpus": "nowhere", "samples": -3, "stride": 0}
     for name, value in bad.items():
         if name in chapter.defaults:
-            with pytest.raises(pipeline.UsageError, match=f"parameter {name}: expected "):
-                pipeline.check_parameters(chapter, {name: value})
+            with pytest.raises(UsageError, match=f"parameter {name}: expected "):
+                check_parameters(chapter, {name: value})
 
 
 @few
@@ -318,7 +331,7 @@ def test_any_prompt_is_attributed_predicted_and_suppressed_or_refused(family, as
         assert 0 <= row.probability[0] <= 1
         with kncore.suppress(lm, [(0, 1)]):
             kncore.predict(lm, [query])
-    assert not lm.touched
+    assert not lm.is_modified
 
 
 numbers = st.integers(-3, 30) | st.floats() | st.none() | texts
@@ -337,7 +350,7 @@ def test_any_neurons_are_suppressed_or_refused(chosen, position, values):
     ):
         with answered(), context():
             lm.model(torch.tensor([[5, 6]]))
-    assert not lm.touched
+    assert not lm.is_modified
 
 
 @few
@@ -354,8 +367,8 @@ def test_any_request_for_an_edit_is_refused_unless_it_is_one(editor, requests):
 
 def test_ten_thousand_prompts_are_asked_without_holding_what_the_model_says_to_each():
     lm = LMS["gpt2"]
-    prompts = ["the capital of France is", "Anna saw the", "these books", "the red cat in Spain is a"]
-    many = [Query(f"{prompts[i % 4]}", "cat") for i in range(10_000)]
+    four = ["the capital of France is", "Anna saw the", "these books", "the red cat in Spain is a"]
+    many = [Query(four[i % 4], "cat") for i in range(10_000)]
     table = kncore.predict(lm, many)
     assert len(table) == 10_000 and table.probability.nunique() < 50
     one = kncore.predict(lm, many[:4])
@@ -370,13 +383,13 @@ names = texts | st.sampled_from(["gpt2@main", "a/b@" + "0" * 40, "../x", ".", "/
 @few
 @given(names)
 def test_any_name_of_a_model_is_known_or_refused(name):
-    assume(name not in models.REGISTRY)
+    assume(name not in zoo.REGISTRY)
     with pytest.MonkeyPatch.context() as patch, answered(ValueError, OSError):
-        patch.setattr(models, "_snapshot", lambda hub: (_ for _ in ()).throw(OSError(f"no {hub.repo} here")))
+        patch.setattr(zoo, "_snapshot", lambda hub: (_ for _ in ()).throw(OSError(f"no {hub.repo} here")))
         models.load(name)
         pytest.fail("loaded")
-    with answered(pipeline.UsageError):
-        assert pipeline.slug(name) not in ("", ".", "..") and "/" not in pipeline.slug(name)
+    with answered(UsageError):
+        assert checkout.slug(name) not in ("", ".", "..") and "/" not in checkout.slug(name)
 
 
 trees = st.recursive(
@@ -410,13 +423,13 @@ def test_any_folder_is_a_model_or_refused(config, weights):
 
 
 READERS = {
-    "blimp": lambda path: public.blimp("anaphor_gender_agreement", path),
-    "pararel": lambda path: public.pararel("P36", path),
-    "counterfact": public.counterfact,
-    "known_1000": public.known_1000,
-    "queries": lambda path: sweep.read_queries(path, "attribution"),
-    "requests": lambda path: sweep.read_queries(path, "edits"),
-    "records": lambda path: sweep.load_records([path]),
+    "blimp": lambda path: blimp.read("anaphor_gender_agreement", path),
+    "pararel": lambda path: pararel.read("P36", path),
+    "counterfact": counterfact.read,
+    "known_1000": known_1000.read,
+    "queries": lambda path: prompts.read_queries(path, "attribution"),
+    "requests": lambda path: prompts.read_queries(path, "edits"),
+    "records": lambda path: shards.load_records([path]),
 }
 LIKELY = (
     {"P36": [[["[MASK] is", "a", "P36"]]]},
@@ -453,17 +466,17 @@ def nearly(draw):
 def test_any_file_of_data_is_read_or_refused(tmp_path_factory, reader, content):
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"
     path.write_bytes(content)
-    with answered(ValueError, TypeError, OSError, pipeline.UsageError, pipeline.RunError):
+    with answered(ValueError, TypeError, OSError, UsageError, RunError):
         READERS[reader](path)
 
 
 blank = st.text(" \t\u00a0\u3000", max_size=3)
-prompts = st.builds(dict, prompt=st.sampled_from(["A is", "the sun"]), target=st.sampled_from(["b", "à\u2028c"]))
+prompt_rows = st.builds(dict, prompt=st.sampled_from(["A is", "the sun"]), target=st.sampled_from(["b", "à\u2028c"]))
 
 
 @pytest.mark.kind("blank-lines", own=True)
 @few
-@given(st.lists(blank | prompts, max_size=8), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans(), st.booleans())
+@given(st.lists(blank | prompt_rows, max_size=8), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans(), st.booleans())
 def test_prompts_are_read_whatever_blank_lines_stand_between(tmp_path_factory, rows, end, mark, last):
     path = tmp_path_factory.getbasetemp() / "prompts.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
@@ -471,13 +484,13 @@ def test_prompts_are_read_whatever_blank_lines_stand_between(tmp_path_factory, r
     path.write_text(text if last else text.removesuffix(end), encoding="utf-8", newline="")
     wanted = [Query(**row) for row in rows if isinstance(row, dict)]
     if wanted:
-        assert sweep.read_queries(path, "attribution") == wanted
+        assert prompts.read_queries(path, "attribution") == wanted
     else:
-        with pytest.raises(pipeline.UsageError, match="holds no prompts"):
-            sweep.read_queries(path, "attribution")
+        with pytest.raises(UsageError, match="holds no prompts"):
+            prompts.read_queries(path, "attribution")
     path.write_text(text + "no prompt", encoding="utf-8", newline="")
-    with pytest.raises(pipeline.UsageError, match=f"line {len(lines) + 1}: no JSON"):
-        sweep.read_queries(path, "attribution")
+    with pytest.raises(UsageError, match=f"line {len(lines) + 1}: no JSON"):
+        prompts.read_queries(path, "attribution")
 
 
 @few
@@ -496,7 +509,7 @@ def test_any_record_is_one_or_refused(tmp_path_factory, content):
     (folder / "m").mkdir(parents=True, exist_ok=True)
     (folder / "m" / "equally-few.json").write_bytes(content)
     with answered(ValueError):
-        claims.read(folder)
+        read_records(folder)
 
 
 @few

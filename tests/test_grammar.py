@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kncore import grammar
-from kncore.grammar import minimal_pairs, phenomena, plural
+from knpaper import grammar
+from knpaper.grammar import minimal_pairs, phenomena, plural
 
 ALL = [
     "determiner_noun",

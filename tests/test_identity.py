@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kncore
-from kncore import arch, attribution, cache, editors, fingerprint, models, resources, rome, tasks, tracing
+from kncore import arch, attribution, editors, models, rome, tracing
+from kncore import resources as kernel_data
 from kncore.covariance import covariance
 from kncore.models import LM
-from kncore.tasks import Query
+from kncore.query import Query
+from kncore.store import cache, fingerprint
+from knpaper import resources, tasks
 
 QUERY = Query("the capital of France is", "Paris", "France", "Madrid", "capital")
-HYPER = rome.Hyper(1, steps=2, prefixes=1)
+HPARAMS = rome.HParams(1, steps=2, prefixes=1)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
@@ -38,16 +41,16 @@ def traced(lm: LM, query: Query = QUERY, **options) -> None:
     tracing.trace(lm, [query], **{"noise": 1.0, "samples": 1, **options})
 
 
-def searched(lm: LM, query: Query = QUERY, hyper: rome.Hyper = HYPER) -> None:
+def searched(lm: LM, query: Query = QUERY, hyper: rome.HParams = HPARAMS) -> None:
     editors.rome_edits(lm, [query], replace(hyper, covariance="identity"))
 
 
 def tuned(lm: LM, query: Query = QUERY, **options) -> None:
-    editors.fine_tuning(lm, [query], editors.finetune.Hyper(1, **{"steps": 2, **options}))
+    editors.fine_tuning(lm, [query], editors.finetune.HParams(1, **{"steps": 2, **options}))
 
 
 def of_neurons(lm: LM, query: Query = QUERY, scale: float = 0.1) -> None:
-    editors.neuron_edits(lm, [query], scale)
+    editors.neuron_edits(lm, [query], scale, paraphrases=tasks.paraphrases)
 
 
 def moments(lm: LM, block: int = 1, source: str = "text", **options) -> None:
@@ -124,7 +127,7 @@ def patched_spec(lm: LM) -> LM:
     sites = {
         **lm.spec.sites,
         "neuron": arch.Site("mlp.down_proj", "input"),
-        "authors": arch.Site("mlp.up_proj", "output"),
+        "published": arch.Site("mlp.up_proj", "output"),
     }
     return replace(lm, spec=replace(lm.spec, sites=sites))
 
@@ -152,7 +155,7 @@ ARGUMENTS = {
     "attributed": [
         {"query": replace(QUERY, prompt="the capital of Spain is", subject="Spain")},
         {"query": replace(QUERY, target="Madrid", foil="")},
-        {"site": "authors"},
+        {"site": "published"},
         {"quadrature": "riemann"},
         {"quadrature": "riemann", "steps": 7},
         {"quadrature": ([0.5], [1.0])},
@@ -170,7 +173,7 @@ ARGUMENTS = {
         {"restores": (tracing.Restore("mlp", 3),)},
     ],
     "searched": [
-        {"hyper": replace(HYPER, **{name: value})}
+        {"hyper": replace(HPARAMS, **{name: value})}
         for name, value in {
             "block": 0,
             "steps": 3,
@@ -181,7 +184,7 @@ ARGUMENTS = {
             "stop": 0.2,
         }.items()
     ]
-    + [{"hyper": replace(HYPER, prefixes=2)}, {"query": replace(QUERY, foil="cats")}],
+    + [{"hyper": replace(HPARAMS, prefixes=2)}, {"query": replace(QUERY, foil="cats")}],
     "tuned": [{"lr": 0.1}, {"steps": 3}, {"limit": 0.5}, {"query": replace(QUERY, foil="cats")}],
     "of_neurons": [{"scale": 0.2}, {"query": replace(QUERY, foil="cats")}],
     "moments": [{"block": 0}, {"source": "samples"}, {"source": "samples", "seed": 1}],
@@ -191,8 +194,8 @@ CONSTANTS = [
     ("attributed", attribution, "SPLIT", 2),
     ("attributed", attribution, "DEPTH", 2),
     ("attributed", attribution, "_integrate", lambda *x: []),
-    ("traced", tracing, "_number", lambda ids, seed: 7),
-    ("searched", rome, "_verdict", lambda *x: ""),
+    ("traced", tracing, "_noise", lambda *_: torch.zeros(1)),
+    ("searched", rome, "_unfit", lambda *x: ""),
 ]
 
 
@@ -268,13 +271,14 @@ def test_dtype_and_the_paths_of_the_family_decide(saved, lm):
 
 @contextlib.contextmanager
 def data(folder: Path, name: str, old: str, new: str) -> Iterator[None]:
-    """The package's data with one text exchanged."""
-    changed = shutil.copytree(resources.DATA, folder / name.replace("/", "-"), dirs_exist_ok=True)
+    """The data of the study, or of the kernels, with one text exchanged."""
+    homes = (kernel_data,) if name == "text.txt" else (resources, tasks)
+    changed = shutil.copytree(homes[0].DATA, folder / name.replace("/", "-"), dirs_exist_ok=True)
     text = (changed / name).read_text(encoding="utf-8")
     assert old in text
     (changed / name).write_text(text.replace(old, new), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (resources, tasks):
+        for module in homes:
             patch.setattr(module, "DATA", changed)
         tasks._tables.cache_clear(), tasks.describe.cache_clear()
         yield

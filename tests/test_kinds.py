@@ -44,7 +44,7 @@ def test_a_test_counts_once_for_a_kind_and_a_wrong_slug_or_a_kind_without_tests_
 @pytest.mark.kind("clock")
 def test_no_generated_test_has_a_deadline(collected):
     """A `settings` of its own cannot bring back what the profiles leave out."""
-    assert sum("test_generated_text_is_shown_as_it_is" in name for name in collected)
+    assert sum("test_text_in_a_template_is_shown_as_it_is" in name for name in collected)
     assert not [name for name, test in collected.items() if test["hurried"]]
 
 

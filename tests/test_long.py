@@ -34,7 +34,7 @@ def test_memory_stays_flat_over_many_prompts_whose_scores_depend_on_no_batch_and
     found = long.attributions(lm, long.prompts(lm, 250), again=30)
     assert found.memory[-1] - found.memory[1] < LIMIT, f"MiB on the way: {found.memory}"
     assert 0 <= found.apart < 2e-3
-    assert long.digest(lm) == before and not lm.touched
+    assert long.digest(lm) == before and not lm.is_modified
 
 
 def test_edits_stacked_and_undone_leave_every_bit_and_no_memory(lm):
@@ -42,7 +42,7 @@ def test_edits_stacked_and_undone_leave_every_bit_and_no_memory(lm):
     found = long.stacked(lm, long.prompts(lm, 1)[0], 40, rounds=4)
     assert found.apart == 0
     assert found.memory[-1] - found.memory[0] < LIMIT, f"MiB on the way: {found.memory}"
-    assert long.digest(lm) == before and not lm.touched
+    assert long.digest(lm) == before and not lm.is_modified
 
 
 def test_a_weight_that_did_not_come_back_would_be_seen(lm):

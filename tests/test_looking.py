@@ -9,15 +9,14 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from bs4 import BeautifulSoup
 from IPython.core.interactiveshell import InteractiveShell
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from kncore import book, figures, looking, stored
 from kncore.neurons import Neuron
-from kncore.stats import Estimate
+from knpaper import figures, looking, stored
+from knpaper.stats import Estimate
 
-SCORES = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)) / 7
+SCORES = torch.randn(4, 150, generator=torch.Generator().manual_seed(0)) / 7
 TOKENS = ["The", " <b>", " of", ' "Rome"']
 EFFECTS = {site: torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i, site in enumerate(("all", "MLP"))}
 TRACES = {site: (effect, TOKENS, (0, 2, 4), (1, 2)) for site, effect in EFFECTS.items()}
@@ -43,7 +42,7 @@ def parameters(spec: dict) -> dict:
 
 
 SPECS = {
-    "attribution-map": looking.attribution_map(SCORES, says, strongest=50),
+    "attribution-map": looking.attribution_map(SCORES, says),
     "attribution-map of few": looking.attribution_map(SCORES[:1, :3], says),
     "trace": looking.trace_maps(TRACES, "nats"),
     "dose": curves(),
@@ -68,9 +67,9 @@ def test_the_check_of_specifications_sees_a_wrong_one():
 
 def test_the_map_holds_the_strongest_neurons_with_their_scores_and_words():
     rows = looking.data(SPECS["attribution-map"])
-    assert len(rows) == 50
+    assert len(rows) == looking.STRONGEST
     sizes = SCORES.abs().flatten().sort(descending=True).values
-    assert rows.score.abs().tolist() == pytest.approx(sizes[:50].tolist(), rel=1e-3)
+    assert rows.score.abs().tolist() == pytest.approx(sizes[: looking.STRONGEST].tolist(), rel=1e-3)
     for row in rows.itertuples():
         assert row.score == pytest.approx(float(SCORES[row.block, row.neuron]), rel=1e-3)
         assert (row.promotes if isinstance(row.promotes, str) else "") == says(Neuron(row.block, row.neuron))
@@ -143,36 +142,3 @@ def test_one_output_carries_the_picture_and_the_specification_and_the_figure_is_
     nb.cells[0].metadata.tags = ["parameters"]
     assert stored.problems(nb) == []
     assert nbformat.reads(stored.dumps(stored.finalise(nb)), 4).cells[0].outputs[0].data[looking.MIME] == SPECS["trace"]
-
-
-def cell(*specs: dict) -> nbformat.NotebookNode:
-    outputs = [new_output("display_data", {"image/svg+xml": "<svg/>", looking.MIME: spec}) for spec in specs]
-    outputs.insert(0, new_output("display_data", {"image/svg+xml": "<svg/>"}))
-    return new_code_cell("x", execution_count=1, outputs=outputs)
-
-
-def specs_of(path) -> list[tuple[str, dict]]:
-    """What the page's script reads from a staged notebook: the number of the figure, and the specification."""
-    cells = [one for one in nbformat.read(path, 4).cells if one.cell_type == "markdown"]
-    divs = [BeautifulSoup(one.source, "html.parser").find("div") for one in cells]
-    assert all(div["class"] == ["look"] for div in divs)
-    return [(div["data-figure"], json.loads(div.find("script").string)) for div in divs]
-
-
-def test_on_a_page_the_picture_stays_and_the_specification_stands_below_its_cell(tmp_path):
-    chapter, run = tmp_path / "notebooks" / "04-x.ipynb", tmp_path / "book" / "runs" / "two" / "04-x.ipynb"
-    for path, cells in {chapter: [cell(SPECS["trace"], curves())], run: [cell(SPECS["trace"], curves("two"))]}.items():
-        path.parent.mkdir(parents=True)
-        path.write_text(stored.dumps(new_notebook(cells=cells)))
-    book.look_closer(tmp_path)
-    several = looking.combine(curves(), [curves("two")])
-    assert specs_of(chapter) == [("1", SPECS["trace"]), ("2", several)]
-    assert specs_of(run) == [("1", SPECS["trace"]), ("2", curves("two"))]
-    kept = nbformat.read(chapter, 4).cells[0].outputs
-    assert [list(output.data) for output in kept] == [["image/svg+xml"]] * 3
-
-
-def test_no_text_of_a_specification_ends_the_script_that_holds_it():
-    html = looking.markup(SPECS["attribution-map"], 0)
-    assert html.count("</script>") == 1 and "\n" not in html
-    assert json.loads(BeautifulSoup(html, "html.parser").find("script").string) == SPECS["attribution-map"]

@@ -11,8 +11,8 @@ import whole
 
 from kncore import memit, rome
 from kncore.interventions import edited
-from kncore.memit import Hyper
-from kncore.tasks import Query
+from kncore.memit import HParams
+from kncore.query import Query
 
 MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 WEIGHTS = {family: [p.clone() for p in lm.model.parameters()] for family, lm in MODELS.items()}
@@ -28,7 +28,7 @@ REQUESTS = [
 def models_stay_as_they_were():
     yield
     for family, lm in MODELS.items():
-        assert not lm.touched
+        assert not lm.is_modified
         assert all(torch.equal(p, was) for p, was in zip(lm.model.parameters(), WEIGHTS[family], strict=True))
 
 
@@ -72,7 +72,7 @@ def test_each_block_gets_the_closed_form_of_what_is_still_missing(family, with_m
     """(λC + KᵀK)⁻¹KᵀR with numpy's inverse, keys and stream measured again on the model edited so far."""
     lm, weight = MODELS[family], 0.7
     moments = [moment(block) if with_moment else None for block in range(2)]
-    deltas = memit.memit(lm, asked(), changes(), moments, Hyper(0, 1, weight))
+    deltas = memit.memit(lm, asked(), changes(), moments, HParams(0, 1, weight))
     assert [delta.block for delta in deltas] == [0, 1] and all(len(delta.neurons) == 3 for delta in deltas)
     goal = torch.stack([stream(lm, query, 1) for query in REQUESTS]) + changes()
     for block, delta in enumerate(deltas):
@@ -88,7 +88,7 @@ def test_each_block_gets_the_closed_form_of_what_is_still_missing(family, with_m
 @on_causal_families
 def test_with_other_keys_counting_little_every_request_gets_its_value(family):
     """For one block and λ → 0, (W+Δ)ᵀk grows by just what was asked for, for all requests at once."""
-    lm, hyper = MODELS[family], Hyper(1, 1, 1e-7)
+    lm, hyper = MODELS[family], HParams(1, 1, 1e-7)
     (delta,) = memit.memit(lm, asked(0), changes(), [None], hyper)
     for query, wanted in zip(REQUESTS, changes(), strict=True):
         with torch.no_grad():
@@ -102,9 +102,9 @@ def test_with_other_keys_counting_little_every_request_gets_its_value(family):
 def test_one_request_and_one_block_is_rome_with_a_smaller_step(family):
     """By Sherman and Morrison, Δ = C⁻¹k δᵀ / (λ + kᵀC⁻¹k): ROME's change times kᵀC⁻¹k / (λ + kᵀC⁻¹k)."""
     lm, weight, c = MODELS[family], 0.4, moment(5)
-    settings = rome.Hyper(1, steps=3, prefixes=0, lr=0.1, stop=0.0)
+    settings = rome.HParams(1, steps=3, prefixes=0, lr=0.1, stop=0.0)
     (found,) = rome.search(lm, REQUESTS[:1], settings)
-    (delta,) = memit.memit(lm, asked(0)[:1], found.change[None], [c], Hyper(1, 1, weight))
+    (delta,) = memit.memit(lm, asked(0)[:1], found.change[None], [c], HParams(1, 1, weight))
     want = rome.delta(found, c, 1)
     gain = float(found.key.double() @ torch.linalg.inv(c) @ found.key.double())
     torch.testing.assert_close(
@@ -113,9 +113,9 @@ def test_one_request_and_one_block_is_rome_with_a_smaller_step(family):
 
 
 def test_many_prompts_are_run_in_batches(monkeypatch):
-    want = memit.memit(MODELS["llama"], asked(), changes(), [None, None], Hyper(0, 1))
+    want = memit.memit(MODELS["llama"], asked(), changes(), [None, None], HParams(0, 1))
     monkeypatch.setattr(memit, "BATCH", 2)
-    got = memit.memit(MODELS["llama"], asked(), changes(), [None, None], Hyper(0, 1))
+    got = memit.memit(MODELS["llama"], asked(), changes(), [None, None], HParams(0, 1))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one.neurons, other.neurons, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(one.hidden, other.hidden, atol=1e-5, rtol=1e-4)
@@ -124,16 +124,16 @@ def test_many_prompts_are_run_in_batches(monkeypatch):
 def test_what_cannot_be_written_is_refused():
     lm = MODELS["llama"]
     with pytest.raises(ValueError, match="normalised in tiny-bert; use a causal model"):
-        memit.check(MODELS["bert"], Hyper(0, 1))
-    for wrong in (Hyper(1, 0), Hyper(0, 2), Hyper(-1, 1), Hyper(2, 2)):
+        memit.check(MODELS["bert"], HParams(0, 1))
+    for wrong in (HParams(1, 0), HParams(0, 2), HParams(-1, 1), HParams(2, 2)):
         with pytest.raises(ValueError, match="blocks rise, from 0 to 1"):
             memit.memit(lm, asked(), changes(), [None] * 2, wrong)
     with pytest.raises(ValueError, match="1 covariances for blocks 0 to 1"):
-        memit.memit(lm, asked(), changes(), [None], Hyper(0, 1))
+        memit.memit(lm, asked(), changes(), [None], HParams(0, 1))
     with pytest.raises(ValueError, match="singular"):
-        memit.memit(lm, asked(), changes(), [torch.zeros(24, 24)], Hyper(1, 1))
+        memit.memit(lm, asked(), changes(), [torch.zeros(24, 24)], HParams(1, 1))
     with pytest.raises(ValueError, match="no subject"):
-        memit.memit(lm, [[replace(REQUESTS[0], subject="")]], changes()[:1], [None], Hyper(1, 1))
+        memit.memit(lm, [[replace(REQUESTS[0], subject="")]], changes()[:1], [None], HParams(1, 1))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -141,7 +141,7 @@ def test_a_request_that_begins_with_its_subject_has_one_key_in_both_places(famil
     """For one block and one request, what is added at the mean key is R · k̄ᵀC⁻¹k̄ / (λ + k̄ᵀC⁻¹k̄): less than R."""
     lm, weight, c = MODELS[family], 0.4, moment(5)
     prompts = rome.contexts(REQUESTS[1], 3)[:-1]
-    (delta,) = memit.memit(lm, [prompts], changes()[1:2], [c], Hyper(1, 1, weight))
+    (delta,) = memit.memit(lm, [prompts], changes()[1:2], [c], HParams(1, 1, weight))
     k = key(lm, prompts, 1)
     gain = float(k @ torch.linalg.inv(c) @ k)
     got = k @ delta.neurons.T.double() @ delta.hidden.double()
@@ -153,13 +153,13 @@ def test_zero_keys_and_changes_that_are_no_numbers_are_refused():
     wrong = changes()
     wrong[1, 3] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        memit.memit(MODELS["llama"], asked(), wrong, [None], Hyper(1, 1))
+        memit.memit(MODELS["llama"], asked(), wrong, [None], HParams(1, 1))
     lm = tiny.lm("gpt2")
     with torch.no_grad():
         for parameter in lm.model.transformer.h[1].mlp.c_fc.parameters():
             parameter.zero_()
     with pytest.raises(ValueError, match="neurons of block 1 are zero at a subject"):
-        memit.memit(lm, asked(), changes(), [None, None], Hyper(0, 1))
+        memit.memit(lm, asked(), changes(), [None, None], HParams(0, 1))
 
 
 @pytest.mark.kind("raw-errors")
@@ -167,7 +167,7 @@ def test_requests_and_changes_of_unlike_numbers_are_refused():
     lm = MODELS["llama"]
     for some, moved in (([], changes()[:0]), (asked(), changes()[:2]), ([asked()[0], asked()[1][:1]], changes()[:2])):
         with pytest.raises(ValueError, match="one change for each"):
-            memit.memit(lm, some, moved, [None], Hyper(1, 1))
+            memit.memit(lm, some, moved, [None], HParams(1, 1))
     for wrong in ({"weight": 0}, {"weight": -1.0}, {"weight": float("nan")}, {"first": 0.5}, {"last": True}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Hyper(**{"first": 0, "last": 1, **wrong})
+            HParams(**{"first": 0, "last": 1, **wrong})

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from kncore import models
+from kncore import zoo
 
 WORDS = "the a this these is are cat cats dog dogs old small sees see near house houses . ; ' he she and".split()
 
@@ -26,7 +26,7 @@ def source(tmp_path, monkeypatch):
     )
     torch.manual_seed(0)
     transformers.BertModel(config).save_pretrained(folder)
-    monkeypatch.setattr(models, "_extract", lambda *_: folder)
+    monkeypatch.setattr(zoo, "_extract", lambda *_: folder)
     return folder
 
 

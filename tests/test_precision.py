@@ -9,11 +9,12 @@ import tiny
 import torch
 
 import kncore
-from kncore import criteria, finetune, interventions, models, rome, tokens, tracing
-from kncore.cases import Case
+from kncore import finetune, interventions, models, rome, tokens, tracing
 from kncore.editors import Edit
+from kncore.query import Query
 from kncore.replay import Change, capture, replay
-from kncore.tasks import Query
+from knpaper import criteria, tasks
+from knpaper.cases import Case
 
 HALVES = (torch.bfloat16, torch.float16)
 # Largest relative Euclidean distance from float32: bfloat16 has 8 bits, float16 has 11.
@@ -65,7 +66,7 @@ def test_scores_of_an_improbable_target_do_not_fall_below_what_the_precision_can
 @both
 def test_the_path_of_a_stiff_block_is_split_in_half_precision_too(dtype):
     """In block 0 of this model, nodes on the whole path are wrong by half."""
-    queries = kncore.facts("capital", n=1)[1:2]
+    queries = tasks.facts("capital", n=1)[1:2]
     truth = kncore.attribute(models.load("controlled-llama"), queries, store=False)
     lm = models.load("controlled-llama", dtype=dtype)
     found = kncore.attribute(lm, queries, store=False)
@@ -121,11 +122,11 @@ def test_traces_in_half_precision_are_those_of_float32_to_their_rounding(family,
 def test_edits_in_half_precision_are_those_of_float32_to_their_rounding(family, dtype):
     request = QUERIES[0]
     case = Case(request, {"reliability": (Query(request.prompt, request.foil, request.subject, request.target),)})
-    settings = rome.Hyper(1, prefixes=0, clamp=100.0, decay=0.0, covariance="identity")
+    settings = rome.HParams(1, prefixes=0, clamp=100.0, decay=0.0, covariance="identity")
 
     def margins(lm):
         (found,) = rome.search(lm, [request], settings)
-        (tuned,) = finetune.finetune(lm, [request], finetune.Hyper(1, limit=0.1, lr=2e-2))
+        (tuned,) = finetune.finetune(lm, [request], finetune.HParams(1, limit=0.1, lr=2e-2))
         assert found.change.dtype == tuned.neurons.dtype == torch.float32
         delta = rome.delta(found, None, 1)
         table = criteria.measure(lm, [case, case], [Edit((delta,)), Edit((tuned,))])
@@ -184,15 +185,15 @@ def test_a_model_partly_on_disk_is_captured_suppressed_and_attributed_as_in_memo
     assert (lm.device.type, lm.dtype, lm.revision) == ("cpu", torch.float32, whole.revision)
     neurons = [(0, 1), (1, 3), (2, 5)]
     for one in (whole, lm):
-        assert not one.touched
+        assert not one.is_modified
         captured = capture(one, [tokens.encode(one, query) for query in QUERIES])
         with kncore.suppress(one, neurons):
-            assert one.touched
+            assert one.is_modified
             suppressed = kncore.predict(one, QUERIES)
         scores = kncore.attribute(one, QUERIES, store=False).scores
         if one is whole:
             truth = captured, suppressed, scores
-        assert not one.touched
+        assert not one.is_modified
     assert torch.equal(captured.logits, truth[0].logits)
     assert all(map(torch.equal, captured.sites["neuron"], truth[0].sites["neuron"]))
     assert suppressed.equals(truth[1])
@@ -231,13 +232,13 @@ def test_device_and_precision_come_from_the_environment_where_none_is_given(tmp_
 @pytest.mark.parametrize("device", ["meta", "hpu", "lazy", "cuda:99", "cpu:x", "", "gpu", -1, 1.5, [], "\0"])
 def test_a_device_that_cannot_compute_is_refused(device):
     with pytest.raises(ValueError, match="cannot be used here: .*'cpu' always can"):
-        models.place(device)
+        models.resolve_device(device)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "nn", "", 16, torch.int64])
 def test_a_precision_that_no_model_is_computed_in_is_refused(dtype):
     with pytest.raises(ValueError, match="one of float32, bfloat16, float16, float64"):
-        models.place("cpu", dtype)
+        models.resolve_device("cpu", dtype)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -9,8 +9,12 @@ import pytest
 import tiny
 import torch
 
-from kncore import Query, grammar, predictions, public, suppress, tasks, tokens
-from kncore.predictions import known_facts, known_pairs, log_probabilities, predict, text_loss
+from kncore import Query, predictions, suppress, tokens
+from kncore.predictions import log_probabilities, predict, text_loss
+from knpaper import grammar, stimuli, tasks
+from knpaper.datasets import blimp
+from knpaper.datasets import pararel as public_facts
+from knpaper.stimuli import known_facts, known_pairs
 
 FACTS = [
     Query("the capital of France is", "Paris", "France", item="capital:France", template="the capital of {} is"),
@@ -111,7 +115,7 @@ def test_preference_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "roberta"])
-def test_log_probabilities_keep_the_order_of_the_queries_whatever_the_batch(family):
+def test_log_probabilities_keep_the_order_of_the_queries_whatever_the_batch(family, monkeypatch):
     lm = tiny.lm(family)
     queries = FACTS + PAIRS
     whole = log_probabilities(lm, queries)
@@ -119,7 +123,8 @@ def test_log_probabilities_keep_the_order_of_the_queries_whatever_the_batch(fami
     for got, query in zip(whole, queries, strict=True):
         torch.testing.assert_close(got.double().exp(), forward(lm, query), atol=1e-6, rtol=1e-4)
     for batch in (1, 2, 4):
-        torch.testing.assert_close(log_probabilities(lm, queries, batch), whole, atol=1e-4, rtol=1e-4)
+        monkeypatch.setattr(predictions, "BATCH", batch)
+        torch.testing.assert_close(log_probabilities(lm, queries), whole, atol=1e-4, rtol=1e-4)
 
 
 # Losses of text
@@ -150,12 +155,13 @@ def naive_text_loss(lm, text):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_loss_of_a_text_is_that_of_its_tokens_one_after_the_other_whatever_the_batch(family):
+def test_the_loss_of_a_text_is_that_of_its_tokens_one_after_the_other_whatever_the_batch(family, monkeypatch):
     lm = tiny.lm(family)
     want = [naive_text_loss(lm, text) for text in TEXTS]
     assert max(want) - min(want) > 0.1
-    for batch in (1, 2, 16):
-        assert text_loss(lm, TEXTS, batch).tolist() == pytest.approx(want, rel=1e-4)
+    for batch in (2, 4, 32):
+        monkeypatch.setattr(predictions, "BATCH", batch)
+        assert text_loss(lm, TEXTS).tolist() == pytest.approx(want, rel=1e-4)
 
 
 def test_every_sixth_token_of_a_masked_text_is_masked_and_predicted(monkeypatch):
@@ -207,7 +213,7 @@ def oracle(monkeypatch, prefers):
         asked.extend(queries)
         return pd.DataFrame({"prefers": [bool(prefers(query)) for query in queries]})
 
-    monkeypatch.setattr(predictions, "predict", predict)
+    monkeypatch.setattr(stimuli, "predict", predict)
     return asked
 
 
@@ -254,7 +260,7 @@ def test_unknown_facts_fill_up_and_are_not_called_known(monkeypatch):
     found = known_facts(tiny.lm("gpt2"), "official_language", 3, seed=2)
     want = [items[7], items[0], items[1]]
     assert found.queries == [query for item in want for query in item]
-    assert (found.tried, found.known) == (min(len(items), predictions.TRIES), 1)
+    assert (found.tried, found.known) == (min(len(items), stimuli.TRIES), 1)
 
 
 def test_facts_are_judged_among_the_objects_of_their_relation(monkeypatch):
@@ -264,16 +270,16 @@ def test_facts_are_judged_among_the_objects_of_their_relation(monkeypatch):
         seen.append(list(candidates))
         return pd.DataFrame({"prefers": [True] * len(queries)})
 
-    monkeypatch.setattr(predictions, "predict", predict)
+    monkeypatch.setattr(stimuli, "predict", predict)
     found = known_facts(tiny.lm("gpt2"), "capital", 2)
     assert seen == [tasks.candidates("capital")] and "Paris" in seen[0]
     assert list(found.candidates) == seen[0] == sorted({query.target for query in tasks.facts("capital")})
 
 
-@pytest.mark.parametrize("relation", predictions.RELATIONS["own"])
+@pytest.mark.parametrize("relation", stimuli.RELATIONS["own"])
 def test_every_relation_of_the_chapters_has_five_templates(relation):
-    assert len(tasks.describe(relation).templates) >= predictions.TEMPLATES
-    assert predictions.relations("own") == list(predictions.RELATIONS["own"])
+    assert len(tasks.describe(relation).templates) >= stimuli.TEMPLATES
+    assert stimuli.relations("own") == list(stimuli.RELATIONS["own"])
 
 
 def test_public_facts_with_two_answers_or_few_templates_are_left_out(monkeypatch):
@@ -295,7 +301,7 @@ def test_public_facts_with_two_answers_or_few_templates_are_left_out(monkeypatch
         calls.append((relation, path, form))
         return list(data)
 
-    monkeypatch.setattr(public, "pararel", pararel)
+    monkeypatch.setattr(public_facts, "read", pararel)
     oracle(monkeypatch, lambda query: True)
     found = known_facts(tiny.lm("gpt2"), "P36", 20, source="somewhere")
     assert found.known == found.tried == 9
@@ -325,14 +331,14 @@ def test_one_condition_can_be_known_where_the_other_is_not(monkeypatch):
     queries = grammar.minimal_pairs("anaphor_gender", seed=0)
     oracle(monkeypatch, lambda query: query.value == "masculine")
     found = known_pairs(tiny.lm("gpt2"), "anaphor_gender", 4)
-    for value, known, tried in (("masculine", 4, 4), ("feminine", 0, predictions.TRIES)):
+    for value, known, tried in (("masculine", 4, 4), ("feminine", 0, stimuli.TRIES)):
         mine = [query for query in queries if query.value == value]
         assert found[value] == (mine[:4], tried, known, ())
 
 
 def test_public_pairs_are_shuffled_by_the_seed_and_only_conditions_are_kept(monkeypatch):
     data = [Query(f"p{i}", "good", foil="bad", value=("singular", "plural", "")[i % 3]) for i in range(60)]
-    monkeypatch.setattr(public, "blimp", lambda paradigm, path, form: list(data))
+    monkeypatch.setattr(blimp, "read", lambda paradigm, path, form: list(data))
     oracle(monkeypatch, lambda query: True)
     found = known_pairs(tiny.lm("gpt2"), "anaphor_number_agreement", 20, seed=3, source="somewhere")
     shuffled = list(data)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import re
+import runpy
 import shutil
 import subprocess
 import tomllib
@@ -13,11 +13,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from commands import parsed
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import kncore
-from kncore import __main__, pages, pipeline, rome, stored
+from knbook import checkout, pages
+from kncore import rome
+from knpaper import stored
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -100,7 +102,7 @@ def test_no_file_names_a_machine_or_a_registry():
     found = []
     for path in texts():
         text = path.read_text(encoding="utf-8", errors="replace")
-        if path.name not in {"test_pipeline.py"}:
+        if path.name not in {"test_stored.py"}:
             found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in places.finditer(text)]
         found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in registries.finditer(text)]
     assert not found
@@ -119,7 +121,7 @@ def test_the_readme_shows_commands_that_exist():
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         lines += re.findall(r"^python -m kncore (.*?)(?:\s+#.*)?$", text, re.MULTILINE)
     for line in lines:
-        __main__.parser().parse_args(line.split())
+        parsed(line.split())
     for name in re.findall(r"(?:notebooks|book)/[\w./-]+\.(?:ipynb|png|md)", readme):
         assert (ROOT / name).is_file(), f"README.md names {name}"
     assert "papermill notebooks/" in readme
@@ -127,8 +129,8 @@ def test_the_readme_shows_commands_that_exist():
 
 @pytest.mark.model
 def test_the_example_of_the_readme_runs(capsys, monkeypatch):
-    settings = rome.HYPER["smollm2-135m"]  # the covariance of a text at hand, which need not be written first
-    monkeypatch.setitem(rome.HYPER, "smollm2-135m", replace(settings, covariance="text"))
+    settings = rome.HPARAMS["smollm2-135m"]  # the covariance of a text at hand, which need not be written first
+    monkeypatch.setitem(rome.HPARAMS, "smollm2-135m", replace(settings, covariance="text"))
     (example,) = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M
     )
@@ -149,7 +151,7 @@ def test_the_contents_name_the_notebooks_and_pages_there_are():
     files = [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
     for name in files:
         assert (ROOT / f"{name}.md").is_file() or (ROOT / f"{name}.ipynb").is_file(), name
-    chapters = [chapter.path for chapter in pipeline.chapters(ROOT)]
+    chapters = [chapter.path for chapter in checkout.chapters(ROOT)]
     assert [f"notebooks/{path.stem}" for path in chapters] == [name for name in files if name.startswith("notebooks/")]
     pages = list((ROOT / "book").glob("*.md"))
     included = {name for page in pages for name in re.findall(r"\{include\} (\S+)", page.read_text(encoding="utf-8"))}
@@ -165,7 +167,7 @@ def test_a_stored_notebook_is_sound_and_finalised(path):
 
 
 def test_every_chapter_can_be_run_on_another_model():
-    for chapter in pipeline.chapters(ROOT):
+    for chapter in checkout.chapters(ROOT):
         assert {"n", "seed"} <= chapter.defaults.keys(), chapter.path.name
         assert ("model" in chapter.defaults) != ("models" in chapter.defaults), chapter.path.name
         source = chapter.path.read_text(encoding="utf-8")
@@ -173,20 +175,12 @@ def test_every_chapter_can_be_run_on_another_model():
             assert {"source", "quadrature"} <= chapter.defaults.keys(), chapter.path.name
 
 
-def test_imports_point_down():
-    """The floors of the package's docstring name every module, and no module imports from its own floor or above."""
-    told = re.findall(r"^(\d+)\. (.+(?:\n {3}.+)*)", kncore.__doc__, re.MULTILINE)
-    assert [int(floor) for floor, _ in told] == list(range(1, len(told) + 1))
-    named = [(name, int(floor)) for floor, text in told for name in re.findall(r"`(\w+)`", text)]
-    floors = dict(named)
-    modules = {path.stem: path for path in (ROOT / "kncore").glob("*.py") if not path.stem.startswith("__")}
-    assert set(floors) == set(modules) and len(named) == len(floors)
-    for name, path in modules.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("kncore"):
-                continue
-            below = node.module.split(".")[1:] or [alias.name for alias in node.names]
-            assert all(floors[other] < floors[name] for other in below), f"{name} imports {below}"
+def test_the_index_in_contributing_is_that_of_the_files():
+    made = runpy.run_path(str(ROOT / ".ci" / "index.py"))
+    assert (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8") == made["written"](), "python .ci/index.py"
+    for room in ("kncore", "knpaper", "knbook"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert f"| `{path.relative_to(ROOT / room).as_posix()}` |" in made["index"](), f"{path} has no docstring"
 
 
 # ------------------------------------------------------------------------------------------------ workflows
@@ -232,6 +226,6 @@ def test_the_publishing_workflow_builds_checks_and_then_deploys():
     assert at == sorted(at)
     for step in steps:
         if "-m kncore" in step:
-            __main__.parser().parse_args(step.split("-m kncore ")[1].split())
+            parsed(step.split("-m kncore ")[1].split())
     assert workflow["jobs"]["deploy"]["needs"] == "build" and workflow["jobs"]["colab"]["needs"] == "deploy"
     assert workflow["jobs"]["deploy"]["if"] == "github.ref == 'refs/heads/main'"

@@ -8,8 +8,8 @@ import whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kncore.replay import Change, capture, passes, replay, states
-from kncore.tasks import Query
+from kncore.query import Query
+from kncore.replay import Change, capture, replay, states
 from kncore.tokens import encode
 
 PROMPTS = ["the capital of", "Anna saw these red", "the capital of the cats is in", "a", "these , the cats . Anna saw"]
@@ -21,7 +21,7 @@ def encoded(lm, prompts=PROMPTS):
     return [encode(lm, Query(prompt, "cats")) for prompt in prompts]
 
 
-@pytest.mark.parametrize("site", ["neuron", "authors", "mlp", "attention", "residual"])
+@pytest.mark.parametrize("site", ["neuron", "published", "mlp", "attention", "residual"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_replay_equals_a_full_pass_with_a_hook(family, site):
     lm = tiny.lm(family)
@@ -76,32 +76,24 @@ def test_rows_must_start_at_or_before_the_target():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=3))
-def test_passes_keep_rows_order_and_budget(budget, sizes):
+@given(st.integers(1, 40), st.integers(1, 27))
+def test_rows_in_parts_keep_their_order_and_the_budget(budget, n):
     captured = capture(LLAMA, encoded(LLAMA, PROMPTS[:2]))
-    width = captured.sites["neuron"][0].shape[1]
-    changes = [
-        Change(block, torch.zeros(size, dtype=torch.long), torch.randn(size, width)) for block, size in enumerate(sizes)
-    ]
-    parts = list(passes(captured, changes, budget))
-    room = max(1, budget // captured.row_cost)
-    assert all(0 < sum(len(change.prompts) for change in part) <= room for part in parts)
-    rows = torch.cat([change.values for part in parts for change in part])
-    assert torch.equal(rows, torch.cat([change.values for change in changes]))
-    together = replay(captured, changes)
-    torch.testing.assert_close(torch.cat([replay(captured, part) for part in parts]), together, atol=2e-5, rtol=1e-4)
+    parts = list(captured.parts(list(range(n)), budget))  # rows of one position
+    assert all(0 < len(part) <= budget for part in parts)
+    assert [row for part in parts for row in part] == list(range(n))
 
 
 def test_the_model_is_left_as_it_was_also_after_an_error():
     lm = tiny.lm("llama")
     captured = capture(lm, encoded(lm))
-    assert not lm.touched
+    assert not lm.is_modified
     with pytest.raises(ValueError, match="prompts that are not captured; those are 0 to 4"):
         replay(captured, [Change(0, torch.tensor([99]), captured.sites["neuron"][0][:1])])
     wrong = Change(1, torch.tensor([0]), torch.zeros(1, 5), "mlp")
     with pytest.raises(ValueError, match="site 'mlp' has width 16, got 5"):
         replay(captured, [wrong])
-    assert not lm.touched
+    assert not lm.is_modified
 
 
 def test_bad_changes_are_refused():
@@ -154,16 +146,6 @@ def test_a_change_may_be_at_any_position_of_its_row(family):
         n = len(batch[i].ids) - begin[i]
         torch.testing.assert_close(got[:n], want[begin[i] :], atol=5e-5, rtol=1e-3)
         torch.testing.assert_close(at_target, all_logits[batch[i].position], atol=5e-5, rtol=1e-3)
-
-
-def test_passes_keep_positions():
-    captured = capture(LLAMA, encoded(LLAMA, PROMPTS[:1]), ("mlp",), start=[0])
-    at = torch.tensor([0, 1, 2, 1])
-    change = Change(1, torch.zeros(4, dtype=torch.long), torch.randn(4, 16), "mlp", at)
-    parts = list(passes(captured, [change], captured.row_cost))
-    assert [part[0].position.tolist() for part in parts] == [[0], [1], [2], [1]]
-    got = torch.cat([states(captured, part) for part in parts])
-    torch.testing.assert_close(got, states(captured, [change]), atol=2e-5, rtol=1e-4)
 
 
 def test_a_position_that_rows_do_not_carry_is_refused():

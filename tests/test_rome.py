@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from kncore import rome, tokens
 from kncore.interventions import edited
 from kncore.models import LM, load
-from kncore.rome import Hyper, Search, delta, search
-from kncore.tasks import Query
+from kncore.query import Query
+from kncore.rome import HParams, Search, delta, search
 
 MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 WEIGHTS = {family: [p.clone() for p in lm.model.parameters()] for family, lm in MODELS.items()}
 on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
-QUICK = Hyper(1, steps=4, prefixes=2, stop=0.0)
+QUICK = HParams(1, steps=4, prefixes=2, stop=0.0)
 EXTRA = [{}, {"kl": 5.0, "lr": 1.0, "clamp": 50.0}, {"decay": 40.0}, {"clamp": 0.3}, {"prefixes": 0, "block": 0}]
 
 
@@ -29,7 +29,7 @@ def models_stay_as_they_were():
     """Bit for bit and without hooks, after every test."""
     yield
     for family, lm in MODELS.items():
-        assert not lm.touched
+        assert not lm.is_modified
         assert all(torch.equal(p, was) for p, was in zip(lm.model.parameters(), WEIGHTS[family], strict=True))
 
 
@@ -48,15 +48,17 @@ def several(lm) -> list[Query]:
     ]
 
 
-def slow_search(lm, query, hyper):
-    """The search as its equations say, one prompt and one run of the whole model at a time."""
+def slow_search(lm, query, hyper, essence_at=None):
+    """The search as its equations say, one prompt and one run of the whole model at a time; the divergence is read at
+    the end of the question what the subject is, or at a place in it."""
     *prompts, essence = rome.contexts(query, hyper.prefixes)
     asked = [whole.ask(lm, prompt, query.foil) for prompt in prompts]
     last = whole.ask(lm, essence, query.foil)
     last = last if lm.spec.masked else whole.ask(lm, essence, "Paris")  # nothing follows "is a"
+    read = last.places[0] if essence_at is None else essence_at
     with torch.no_grad():
         value = whole.run(lm, asked[0], hyper.block)[2]
-        reference = whole.run(lm, last, hyper.block)[0][last.places[0]].log_softmax(-1)
+        reference = whole.run(lm, last, hyper.block)[0][read].log_softmax(-1)
     change = torch.zeros_like(value, requires_grad=True)
     optimiser = torch.optim.Adam([change], lr=hyper.lr)
     losses = []
@@ -65,7 +67,7 @@ def slow_search(lm, query, hyper):
         losses.append(float(loss.detach()))
         if step == hyper.steps or losses[-1] < hyper.stop:
             break
-        now = whole.run(lm, last, hyper.block, change)[0][last.places[0]].log_softmax(-1)
+        now = whole.run(lm, last, hyper.block, change)[0][read].log_softmax(-1)
         drift = (now.exp() * (now - reference)).sum()
         total = loss + hyper.kl * drift
         if step:
@@ -106,6 +108,27 @@ def test_the_search_is_that_of_the_equations_on_the_whole_model(family, extra):
         assert found.probability == pytest.approx(np.exp(-losses[-1]), rel=1e-2, abs=1e-6)
 
 
+def test_the_search_reads_the_prompts_that_it_is_given():
+    lm, hyper = MODELS["llama"], replace(QUICK, lr=0.1, kl=5.0)
+    query = request(lm)
+
+    def other_answer(lm, request, settings, seed):
+        return rome.prompts(lm, replace(request, foil="red cats"), settings, seed)
+
+    def other_place(lm, request, settings, seed):
+        *asked, (essence, at) = rome.prompts(lm, request, settings, seed)
+        return [*asked, (replace(essence, position=1), at)]
+
+    (usual,) = search(lm, [query], hyper)
+    for read, slow in (
+        (other_answer, slow_search(lm, replace(query, foil="red cats"), hyper)),
+        (other_place, slow_search(lm, query, hyper, 1)),
+    ):
+        (found,) = search(lm, [query], hyper, read=read)
+        torch.testing.assert_close(found.change, slow[0], atol=2e-3, rtol=2e-3)
+        assert not torch.allclose(found.change, usual.change, atol=1e-2)
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_every_token_of_a_new_answer_counts_alike_in_the_search(family):
     lm, hyper = MODELS[family], replace(QUICK, lr=0.1, prefixes=1)
@@ -131,10 +154,11 @@ def test_masks_before_the_subject_are_those_of_the_new_answer(family):
 
 
 @on_all_families
-def test_a_batch_of_requests_is_each_alone(family):
+def test_a_batch_of_requests_is_each_alone(family, monkeypatch):
     lm = MODELS[family]
     together = search(lm, several(lm), QUICK)
-    narrow = search(lm, several(lm), QUICK, budget=1)
+    monkeypatch.setattr(rome, "BUDGET", 1)
+    narrow = search(lm, several(lm), QUICK)
     for query, one, other in zip(several(lm), together, narrow, strict=True):
         (alone,) = search(lm, [query], QUICK)
         for found in (one, other):
@@ -252,6 +276,12 @@ def test_a_model_that_gives_no_numbers_is_named_as_the_cause(family, block):
         assert f"predictions of tiny-{family}" in found.failed and "are not numbers" in found.failed
 
 
+def test_more_prefixes_than_there_are_pieces_of_prose_are_refused():
+    query = Query("The capital of France is", "Paris", "France", "Rome")
+    with pytest.raises(ValueError, match="prefixes must be from 0 to 100, got 101"):
+        rome.contexts(query, 101)
+
+
 @pytest.mark.kind("not-a-number")
 @pytest.mark.parametrize(
     "wrong",
@@ -259,23 +289,23 @@ def test_a_model_that_gives_no_numbers_is_named_as_the_cause(family, block):
         {"steps": 0}, {"steps": 2.5}, {"steps": True}, {"lr": -0.1}, {"lr": 0}, {"lr": float("nan")},
         {"lr": float("inf")}, {"lr": 1e31}, {"clamp": 0},
         {"clamp": -1.0}, {"decay": -1e-9}, {"kl": float("inf")}, {"stop": -0.1}, {"stop": float("nan")},
-        {"prefixes": -1}, {"prefixes": 101}, {"prefixes": 1.5}, {"block": 1.0}, {"block": True}, {"block": None},
+        {"prefixes": -1}, {"prefixes": 1.5}, {"block": 1.0}, {"block": True}, {"block": None},
         {"block": "1"}, {"lr": "0.5"}, {"key": "meen"}, {"key": None},
     ],
     ids=str,
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_in_one_line(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))) as error:
-        Hyper(**{"block": 1, **wrong})
+        HParams(**{"block": 1, **wrong})
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.kind("raw-errors", own=True)
 def test_settings_may_be_numbers_of_numpy_and_torch_and_a_folder_a_path(tmp_path):
-    got = Hyper(np.int64(1), steps=torch.tensor(3), lr=np.float32(0.5), prefixes=np.uint8(2), covariance=tmp_path)
-    assert got == Hyper(1, steps=3, lr=0.5, prefixes=2, covariance=str(tmp_path))
+    got = HParams(np.int64(1), steps=torch.tensor(3), lr=np.float32(0.5), prefixes=np.uint8(2), covariance=tmp_path)
+    assert got == HParams(1, steps=3, lr=0.5, prefixes=2, covariance=str(tmp_path))
     assert [type(x) for x in (got.block, got.steps, got.lr, got.prefixes)] == [int, int, float, int]
-    assert Hyper(1, clamp=float("inf")).clamp == np.inf
+    assert HParams(1, clamp=float("inf")).clamp == np.inf
 
 
 @pytest.mark.kind("not-a-number")
@@ -289,9 +319,6 @@ def test_requests_come_in_any_iterable_or_are_refused():
     for wrong in (several(lm)[0], None, 3, ["the capital of France is"], [None], "text"):
         with pytest.raises(TypeError, match="expected a list of Query"):
             search(lm, wrong, QUICK)
-    for budget in (0, -5, 2.5, None):
-        with pytest.raises(ValueError, match="budget"):
-            search(lm, several(lm), QUICK, budget=budget)
 
 
 @on_all_families
@@ -365,9 +392,10 @@ def test_wrong_requests_and_blocks_are_refused():
 
 
 def test_models_have_their_hyperparameters():
-    assert rome.hyper(replace(MODELS["llama"], name="gpt2-xl")) == Hyper(17)
-    assert rome.hyper(replace(MODELS["llama"], name="llama-2-7b")).decay == 1e-3
-    assert rome.hyper(MODELS["llama"]).covariance == "samples" and rome.hyper(MODELS["bert"]).covariance == "text"
+    assert rome.hparams_for(replace(MODELS["llama"], name="gpt2-xl")) == HParams(17)
+    assert rome.hparams_for(replace(MODELS["llama"], name="llama-2-7b")).decay == 1e-3
+    assert rome.hparams_for(MODELS["llama"]).covariance == "samples"
+    assert rome.hparams_for(MODELS["bert"]).covariance == "text"
 
 
 # The change
@@ -524,10 +552,10 @@ def test_where_the_subject_begins_the_prompt_one_key_keeps_the_change_small(prom
     requests = [
         Query(prompt.replace("{}", name), "Ottawa", name, "Rome", template=prompt) for name in ("Canada", "Japan")
     ]
-    found, other = search(lm, requests, replace(rome.hyper(lm), steps=1))  # the keys are the same after more
+    found, other = search(lm, requests, replace(rome.hparams_for(lm), steps=1))  # the keys are the same after more
     with pytest.warns(UserWarning, match="part"):
-        mix = delta(found, None, rome.hyper(lm).block, "published")
-    one = delta(found, None, rome.hyper(lm).block)
+        mix = delta(found, None, rome.hparams_for(lm).block, "published")
+    one = delta(found, None, rome.hparams_for(lm).block)
     assert mix.neurons.norm() > 5 * one.neurons.norm()
     assert abs(other.mean_key @ mix.neurons[0]) > 5 * abs(other.mean_key @ one.neurons[0])
 

@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 from toy import COMPUTE, make_checkout, notebook
 
-from kncore import book, disk, pipeline, runs
+from knbook import book, runs
+from knbook.errors import UsageError
+from knbook.kernel import kernel_environment
+from kncore.store import disk
 
 BOUND = Path(runs.__file__).with_name("bound.py")
 
@@ -123,7 +126,7 @@ def test_a_list_of_moves_that_leads_elsewhere_is_refused(tmp_path, moves):
     disk.write(journal / "x.moves", moves)
     for name in ("x", ".x"):
         disk.write(tmp_path / "a" / name, "")
-    with pytest.raises(ValueError, match="is no list of moves .*delete"):
+    with pytest.raises(UsageError, match="is no list of moves .*delete"):
         runs.settle(journal)
     assert not list(tmp_path.rglob("*y"))
 
@@ -242,4 +245,4 @@ def test_processes_of_a_run_import_the_package_of_the_run(tmp_path, monkeypatch)
     assert runs.python_path() == f"{parent}{os.pathsep}elsewhere"
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "site-packages" / "kncore" / "runs.py"))
     assert runs.python_path() == "elsewhere"
-    assert pipeline.kernel_environment(tmp_path, tmp_path)["KNCORE_RESULTS"] == str(tmp_path)
+    assert kernel_environment(tmp_path, tmp_path)["KNCORE_RESULTS"] == str(tmp_path)

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import kncore
-from kncore import cache, criteria, editors, interventions, rome, state, tracing
-from kncore.tasks import Query
+from kncore import editors, interventions, rome, tracing
+from kncore.query import Query
+from kncore.store import cache, state
+from knpaper import criteria
 
 QUERY = Query("the capital of France is", "Paris", "France", "Madrid")
 OTHER = Query("the capital of Spain is", "Madrid", "Spain", "Paris")
@@ -27,12 +29,18 @@ def scores(lm, **options):
     return kncore.attribute(lm, [QUERY], **options).scores
 
 
+def stored(lm):
+    """Where scores of a model are stored; None where it cannot be said what it computes."""
+    content = state.content(lm.model)
+    return content and cache.files(lm, content, [kncore.attribute], [{}])
+
+
 # ------------------------------------------------------------------------------------------ ambient state
 
 
 def numbers(lm) -> list[torch.Tensor]:
     """What every method gives for one prompt, without the store."""
-    found = rome.search(lm, [QUERY], rome.Hyper(1, steps=3, prefixes=1))[0]
+    found = rome.search(lm, [QUERY], rome.HParams(1, steps=3, prefixes=1))[0]
     trace = tracing.trace(lm, [QUERY], noise=1.0, samples=1, store=False)[0]
     table = kncore.predict(lm, [QUERY, OTHER])
     return [
@@ -114,11 +122,11 @@ def test_inference_mode_is_refused_with_a_remedy(lm):
 
 
 @pytest.mark.kind("grad-and-inference-mode", own=True)
-def test_fine_tuning_and_edits_of_neurons_need_no_gradients_outside(lm):
+def test_fine_tuning_and_edits_of_neurons_need_no_gradients_outside(lm, tmp_path):
     edits = {name: editors.edit(lm, [QUERY], name) for name in ("fine-tuning", "neurons")}
     for name, (edit,) in edits.items():
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache, "store", lambda *x: None)
+            patch.setenv("KNCORE_SCORES", str(tmp_path))
             (again,) = editors.edit(lm, [QUERY], name)
             assert not torch.is_grad_enabled()
         assert again.failed == edit.failed
@@ -176,7 +184,7 @@ ASKS = {
     "attribute": lambda lm: kncore.attribute(lm, [QUERY]),
     "edited": lambda lm: interventions.edited(lm, delta(lm)).__enter__(),
     "suppress": lambda lm: kncore.suppress(lm, [(0, 0)]).__enter__(),
-    "search": lambda lm: rome.search(lm, [QUERY], rome.Hyper(0, steps=1, prefixes=1)),
+    "search": lambda lm: rome.search(lm, [QUERY], rome.HParams(0, steps=1, prefixes=1)),
     "measure": lambda lm: criteria.generations(lm, ["the capital"], length=1),
 }
 
@@ -187,7 +195,7 @@ def test_another_thread_is_refused_while_an_intervention_is_open(lm, name):
     with kncore.suppress(lm, [(0, 1)]):
         error = in_thread(lambda: ASKS[name](lm))
     assert isinstance(error, RuntimeError) and "another thread has an intervention open" in str(error)
-    assert not lm.touched
+    assert not lm.is_modified
     if not hasattr(answer := in_thread(lambda: ASKS[name](lm)), "__exit__"):
         assert not isinstance(answer, Exception)
 
@@ -229,9 +237,9 @@ def test_interventions_that_end_out_of_order_are_undone_and_refused(lm, first, s
     inner.__enter__()
     with pytest.raises(RuntimeError, match="ended before 1 that began after it.*reverse order"):
         outer.__exit__(None, None, None)
-    assert not lm.touched
+    assert not lm.is_modified
     inner.__exit__(None, None, None)
-    assert not lm.touched and {name: id(weight) for name, weight in lm.model.named_parameters()} == own
+    assert not lm.is_modified and {name: id(weight) for name, weight in lm.model.named_parameters()} == own
     assert all(torch.equal(weight, before[name]) for name, weight in lm.model.state_dict().items())
     assert "forward" not in vars(lm.model.base_model)
     assert not isinstance(in_thread(lambda: kncore.predict(lm, [QUERY])), Exception)
@@ -249,7 +257,7 @@ def test_of_three_the_outermost_stays_where_the_middle_one_ends_too_early(lm):
         assert kncore.predict(lm, [QUERY]).equals(alone)
         inner.__exit__(None, None, None)
         assert kncore.predict(lm, [QUERY]).equals(alone)
-    assert not lm.touched
+    assert not lm.is_modified
 
 
 # ------------------------------------------------------------------------------------------ what a model holds
@@ -316,28 +324,28 @@ UNKNOWN = {
 @pytest.mark.kind("identity")
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_model_has_another_content_and_finds_nothing_stored(lm, name):
-    found = cache.store(lm, kncore.attribute).name({})
+    found = stored(lm)
     CHANGES[name](lm)
-    assert lm.touched and cache.store(lm, kncore.attribute).name({}) != found
+    assert lm.is_modified and stored(lm) != found
 
 
 @pytest.mark.kind("identity")
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_a_model_computes_cannot_be_said_then_and_nothing_is_stored(lm, name):
     UNKNOWN[name](lm)
-    assert lm.touched and cache.store(lm, kncore.attribute) is None
+    assert lm.is_modified and stored(lm) is None
 
 
 @pytest.mark.kind("identity", own=True)
 def test_hooks_on_all_modules_and_a_patched_class_are_seen(lm, monkeypatch):
     handle = nn.modules.module.register_module_forward_hook(lambda *x: None)
     try:
-        assert lm.touched and cache.store(lm, kncore.attribute) is None
+        assert lm.is_modified and stored(lm) is None
     finally:
         handle.remove()
-    assert not lm.touched
+    assert not lm.is_modified
     monkeypatch.setattr(type(lm.blocks[0].mlp), "forward", lambda self, x: x)
-    assert lm.touched and cache.store(lm, kncore.attribute) is None
+    assert lm.is_modified and stored(lm) is None
 
 
 @pytest.mark.kind("identity", own=True)
@@ -350,7 +358,7 @@ def test_asking_a_model_does_not_change_its_content(family):
         kncore.predict(lm, [query])
     lm.model.requires_grad_(True)
     lm.model.train()
-    assert not lm.touched
+    assert not lm.is_modified
 
 
 @pytest.mark.kind("identity")

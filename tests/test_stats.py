@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom, mannwhitneyu, norm, spearmanr, t, ttest_rel, wilcoxon
 from statsmodels.stats.weightstats import DescrStatsW
 
-from kncore import stats
-from kncore.stats import Estimate
+from knpaper import stats
+from knpaper.stats import Estimate
 
 NUMBERS = st.lists(st.floats(-1e3, 1e3).map(lambda x: round(x, 3)), min_size=2, max_size=30)
 PAIR = st.tuples(st.integers(-999, 999), st.integers(-999, 999))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import re
-import subprocess
-import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -16,58 +12,20 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from sweeping import CASES, QUERIES, lines
 from toy import COMPUTE, make_checkout, notebook
 
 import kncore
-from kncore import __main__, attribution, cases, criteria, editors, models, sweep
-from kncore.pipeline import RunError, UsageError
-from kncore.tasks import Query
-
-PLACES = ("France", "Spain", "Paris", "Madrid", "Anna")
-QUERIES = [Query(f"the capital of {place} is in", word) for word in ("Paris", "Madrid") for place in PLACES]
-CASES = [
-    cases.Case(Query(f"the capital of {place} is", "Paris", place, "Madrid"), {"reliability": (query,)})
-    for place in PLACES
-    for query in [Query(f"the capital of {place} is", "Madrid", place, "Paris")]
-]
+from knbook import shards, sweep
+from knbook.errors import RunError, UsageError
+from kncore import attribution, editors
+from kncore.query import Query
+from knpaper import cases, criteria
 
 
 @pytest.fixture(scope="module")
 def lm():
     return tiny.lm("gpt2")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def damage(path, old, new):
-    text = path.read_text()
-    assert text.count(old)
-    path.write_text(text.replace(old, new, 1))
-
-
-def close(a, b):
-    """Equal but for the rounding of numbers."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(close(a[name], b[name]) for name in a if name != "checksum")
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(close, a, b))
-    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-5) if isinstance(a, float) else a == b
-
-
-@pytest.mark.parametrize(("kind", "items", "settings"), [
-    ("attribution", QUERIES, {"steps": 4}),
-    ("edits", CASES, {"editor": "rome-identity"}),
-])  # fmt: skip
-def test_shards_join_into_what_one_run_gives(kind, items, settings, lm, tmp_path):
-    whole = sweep.sweep(lm, kind, items, settings, tmp_path / "whole")
-    shards = [sweep.sweep(lm, kind, items, settings, tmp_path / "shards", (k, 3)) for k in (1, 2, 3)]
-    assert all(len(lines(shard)) in (len(items) // 3, len(items) // 3 + 1) for shard in shards)
-    merged = sweep.merge([tmp_path / "shards"], tmp_path / "merged.jsonl")
-    assert len(lines(merged)) == len(items)
-    assert all(map(close, lines(merged), lines(whole)))
-    assert sweep.load_records([whole, whole]) == lines(whole)
 
 
 def test_a_record_has_the_numbers_of_attribute(lm, tmp_path):
@@ -102,7 +60,7 @@ def test_a_stopped_shard_goes_on_where_it_was(torn, lm, tmp_path, monkeypatch):
         part.write_text(part.read_text()[:-20])
     path = sweep.sweep(lm, "attribution", QUERIES, {}, tmp_path)
     assert sum(calls[3:]) == len(QUERIES) - 6 + torn
-    assert [record["place"] for record in sweep.load_records([path])] == list(range(1, 11))
+    assert [record["place"] for record in shards.load_records([path])] == list(range(1, 11))
     assert list(tmp_path.iterdir()) == [path]
     before, n = path.read_bytes(), len(calls)
     assert sweep.sweep(lm, "attribution", QUERIES, {}, tmp_path).read_bytes() == before
@@ -145,42 +103,6 @@ def test_the_name_of_a_record_follows_all_that_decides_it(lm, tmp_path):
     assert name(lm, {"steps": 4}, QUERIES[0], "f") == names[0]
 
 
-def test_a_merge_names_what_is_missing(lm, tmp_path):
-    for k in (1, 2, 4):
-        sweep.sweep(lm, "attribution", QUERIES, {}, tmp_path, (k, 4))
-    out = tmp_path / "merged"
-    with pytest.raises(RunError, match=r"2 of 10 records are missing: 6–7.*run shard 3/4 again") as error:
-        sweep.merge([path for path in tmp_path.glob("*.jsonl") if "3-of-4" not in path.name], out)
-    assert error.value.exit_code == 1 and not out.exists()
-
-
-def test_a_merge_refuses_records_that_differ(lm, tmp_path):
-    one = sweep.sweep(lm, "attribution", QUERIES, {}, tmp_path / "a")
-    record = lines(one)[4]
-    other = tmp_path / "other.jsonl"
-    other.write_text(sweep._line({**record, "probability": record["probability"] + 1e-6}))
-    with pytest.raises(RunError, match=f"differ on '{record['query']['prompt']}' .record {record['id']}"):
-        sweep.merge([one, other], tmp_path / "merged")
-
-
-def test_a_merge_refuses_a_record_that_was_changed(lm, tmp_path):
-    path = sweep.sweep(lm, "attribution", QUERIES, {}, tmp_path)
-    damage(path, '"rank": ', '"rank": 1')
-    with pytest.raises(RunError, match=r"line 1: damaged; delete the file and run its shard again"):
-        sweep.merge([path], tmp_path / "merged")
-    sweep.sweep(lm, "attribution", QUERIES, {}, tmp_path)
-    assert len(sweep.load_records([path])) == 10, "a damaged record was not computed again"
-
-
-def test_a_merge_refuses_shards_of_different_sweeps(lm, tmp_path):
-    one = sweep.sweep(lm, "attribution", QUERIES, {"steps": 4}, tmp_path / "a", (1, 2))
-    two = sweep.sweep(lm, "attribution", QUERIES, {"steps": 5}, tmp_path / "b", (2, 2))
-    with pytest.raises(UsageError, match="belong to different sweeps"):
-        sweep.merge([one, two], tmp_path / "merged")
-    with pytest.raises(UsageError, match="no records in .*nothing"):
-        sweep.merge([tmp_path / "nothing.jsonl"], tmp_path / "merged")
-
-
 @pytest.mark.parametrize(("change", "match"), [
     ({"kind": "tracing"}, "unknown kind of sweep 'tracing'"),
     ({"shard": (4, 3)}, "shard 4/3 does not exist"),
@@ -192,86 +114,6 @@ def test_nonsense_is_refused_before_any_work(change, match, lm, tmp_path):
     with pytest.raises(UsageError, match=match):
         sweep.sweep(lm, out=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
-
-
-def test_own_facts_grammars_and_cases_are_swept_by_name():
-    lm = models.load("controlled-gpt2")
-    both = sweep.asked(lm, "attribution", ["capital", "determiner_noun"], n=3)
-    assert [query.task for query in both] == ["capital"] * 3 + ["determiner_noun"] * 3
-    requests = sweep.asked(lm, "edits", ["capital", "field_of_work", "agreement"], n=2)
-    assert [case.request.task for case in requests] == ["capital"] * 2 + ["field_of_work"] * 2 + ["determiner_noun"] * 2
-    assert {query.task for query in sweep.asked(lm, "attribution", n=1)} >= {"capital", "occupation", "determiner_noun"}
-    assert {case.request.task for case in sweep.asked(lm, "edits", n=1)} >= {"capital", "field_of_work"}
-    with pytest.raises(ValueError, match="unknown relation 'captial'.*capital"):
-        sweep.asked(lm, "attribution", ["captial"])
-    with pytest.raises(UsageError, match="'npi_presnt_1' is neither a relation of ParaRel.* npi_present_1"):
-        sweep.asked(lm, "attribution", ["npi_presnt_1"], "public")
-
-
-def test_public_data_are_swept_by_name(data_folder):
-    lm = tiny.lm("gpt2")
-    found = sweep.asked(lm, "attribution", ["P36"], str(data_folder), n=5)
-    assert len(found) == 5 and not any(query.masked for query in found)
-    assert len(sweep.asked(lm, "edits", ["counterfact"], str(data_folder), n=3)) == 3
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny.model("gpt2").save_pretrained(tmp_path / "model")
-    tiny.tokenizer(False).save_pretrained(tmp_path / "model")
-    return tmp_path
-
-
-def test_the_command_line_sweeps_prompts_of_ones_own_and_merges(folder, capsys):
-    prompts = folder / "prompts.jsonl"
-    rows = [{"prompt": query.prompt, "target": query.target} for query in QUERIES]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["sweep", "attribution", "--model", str(folder / "model"), "--queries", str(prompts)]
-    for k in (1, 2):
-        assert __main__.main([*common, "--dtype", "float64", "--shard", f"{k}/2", "--out", str(folder / "out")]) == 0
-    assert __main__.main(["merge", str(folder / "out"), "--out", str(folder / "all.jsonl")]) == 0
-    assert capsys.readouterr().out.split()[-1] == str(folder / "all.jsonl")
-    records = lines(folder / "all.jsonl")
-    assert [record["query"] for record in records] == rows
-    assert {record["dtype"] for record in records} == {"float64"}
-
-
-@pytest.mark.parametrize(("line", "match"), [
-    ('{"prompt": "the capital"}', "line 2: .*target"),
-    ('{"prompt": "the capital", "target": "is", "colour": "red"}', "line 2: .*colour"),
-    ("the capital", "line 2"),
-    ("[1, 2]", "line 2"),
-])  # fmt: skip
-def test_a_line_that_is_no_prompt_is_named(line, match, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "the capital of", "target": "France"}\n' + line + "\n")
-    with pytest.raises(UsageError, match=match):
-        sweep.read_queries(path, "attribution")
-
-
-def test_a_mark_at_the_beginning_and_an_odd_end_of_line_within_a_text_are_read(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('\ufeff{"prompt": "the\u2028capital\x85of", "target": "France"}\n', encoding="utf-8")
-    (query,) = sweep.read_queries(path, "attribution")
-    assert (query.prompt.split(), query.target) == (["the", "capital", "of"], "France")
-
-
-def test_an_edit_of_ones_own_needs_a_subject_and_a_foil(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    row = {"prompt": "the capital of France is", "target": "Paris", "subject": "France"}
-    path.write_text(json.dumps(row))
-    with pytest.raises(UsageError, match="line 1: an edit needs a subject and a foil"):
-        sweep.read_queries(path, "edits")
-    path.write_text(json.dumps({**row, "foil": "Madrid"}))
-    (case,) = sweep.read_queries(path, "edits")
-    assert case.asked["reliability"][0].target == "Madrid"
-
-
-@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b", "-1/3", "1/0"])
-def test_a_shard_that_is_none_is_a_usage_error(shard, capsys):
-    with pytest.raises(SystemExit) as error:
-        __main__.main(["sweep", "attribution", f"--shard={shard}", "--out", "x"])
-    assert error.value.code == 2 and "expected K/N" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- what one prompt can spoil
@@ -411,14 +253,14 @@ def test_sweeps_of_other_prompts_models_and_settings_stand_side_by_side(lm, tmp_
         paths.append(sweep.sweep(model, "attribution", items, settings, tmp_path))
         texts.append(paths[-1].read_text())
     assert len(set(paths)) == 4 and [path.read_text() for path in paths] == texts
-    assert [len(sweep.load_records([path])) for path in paths] == [10, 4, 10, 10]
+    assert [len(shards.load_records([path])) for path in paths] == [10, 4, 10, 10]
     with pytest.raises(UsageError, match="belong to different sweeps, of other revision, settings") as error:
-        sweep.merge([tmp_path], tmp_path / "all")
+        shards.merge([tmp_path], tmp_path / "all")
     for path in paths:
         assert f"{path.name.removesuffix('1-of-1.jsonl')}*.jsonl" in str(error.value)
     assert '{"steps": 3}' in str(error.value)
     with pytest.raises(UsageError, match=r"different sweeps, of other prompts.*\(10 of 10.*\(4 of 4"):
-        sweep.load_records(paths[:2])
+        shards.load_records(paths[:2])
 
 
 @pytest.mark.kind("sweep-files")
@@ -471,7 +313,7 @@ def test_two_processes_on_one_shard_both_end_with_the_file_of_the_first(moment, 
     monkeypatch.setattr(sweep, "write", writes)
     path = sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path)
     assert path == files[1] and path.read_bytes() == files[2]
-    assert len(sweep.load_records([tmp_path])) == 10 and list(tmp_path.iterdir()) == [path]
+    assert len(shards.load_records([tmp_path])) == 10 and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_shard_that_was_killed_before_its_file_was_moved_goes_on_with_all_its_records(lm, tmp_path, monkeypatch):
@@ -491,10 +333,10 @@ def test_a_sweep_in_another_number_of_shards_takes_what_is_there(lm, tmp_path, m
     (tmp_path / f".{half.name.replace('1-of-2', '2-of-2')}.x.part").write_text("")
     files = [sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path, (k, 3)) for k in (1, 2, 3)]
     assert sum(calls) == 10
-    assert len(sweep.load_records([tmp_path])) == 10 and half.is_file() and len(set(files)) == 3
+    assert len(shards.load_records([tmp_path])) == 10 and half.is_file() and len(set(files)) == 3
     files[2].unlink()
-    with pytest.raises(RunError, match="4 of 10 records are missing: 7–10; run shard 2/2 again"):
-        sweep.load_records([tmp_path])
+    with pytest.raises(RunError, match="4 of 10 records are missing, number 7 is the first; run shard 2/2 again"):
+        shards.load_records([tmp_path])
 
 
 @pytest.mark.kind("sweep-files", own=True)
@@ -508,10 +350,10 @@ def test_a_folder_may_hold_other_files_and_they_stay_as_they_are(lm, tmp_path):
     sweep.sweep(lm, "attribution", QUERIES[:3], {"steps": 2}, out, (1, 2))
     sweep.sweep(lm, "attribution", QUERIES[:3], {"steps": 2}, out, (2, 2))
     assert {name: (out / name).read_text() for name in others} == others
-    merged = sweep.merge([out], out / "merged.jsonl")
-    assert len(lines(merged)) == 3 and len(sweep.load_records([out])) == 3 and len(sweep.load_records([merged])) == 3
+    merged = shards.merge([out], out / "merged.jsonl")
+    assert len(lines(merged)) == 3 and len(shards.load_records([out])) == 3 and len(shards.load_records([merged])) == 3
     with pytest.raises(RunError, match="prompts.jsonl, line 1: no record of a sweep"):
-        sweep.load_records([out / "prompts.jsonl"])
+        shards.load_records([out / "prompts.jsonl"])
 
 
 @pytest.mark.kind("sweep-files", own=True)
@@ -520,7 +362,7 @@ def test_a_record_is_used_again_only_for_what_it_says_it_is(lm, tmp_path, monkey
     before = path.read_text()
     records = lines(path)
     changed = [{**records[0], "query": {**records[0]["query"], "target": "cat"}}, {**records[1], "revision": "other"}]
-    path.write_text("".join(map(sweep._line, [*changed, records[2]])))
+    path.write_text("".join(map(shards.dumps, [*changed, records[2]])))
     assert sweep.sweep(lm, "attribution", QUERIES[:3], {"steps": 2}, tmp_path).read_text() == before
     for nonsense in (
         {},
@@ -529,9 +371,9 @@ def test_a_record_is_used_again_only_for_what_it_says_it_is(lm, tmp_path, monkey
         {**records[0], "place": 9},
         {**records[0], "query": 1},
     ):
-        path.write_text(sweep._line(nonsense))
+        path.write_text(shards.dumps(nonsense))
         with pytest.raises(RunError, match="line 1: damaged"):
-            sweep.load_records([path])
+            shards.load_records([path])
 
 
 @pytest.mark.kind("sweep-files", own=True)
@@ -539,15 +381,6 @@ def test_the_name_of_the_machine_does_not_matter(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(nodename="rack/1 *[a]\n"))
     path = sweep.sweep(lm, "attribution", QUERIES[:2], {"steps": 2}, tmp_path)
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.kind("sweep-files", own=True)
-def test_a_merge_does_not_replace_a_shard(lm, tmp_path):
-    files = [sweep.sweep(lm, "attribution", QUERIES, {"steps": 2}, tmp_path, (k, 2)) for k in (1, 2)]
-    before = files[0].read_text()
-    with pytest.raises(UsageError, match="is the file of a shard.*another name"):
-        sweep.merge(files, files[0])
-    assert files[0].read_text() == before
 
 
 @pytest.mark.kind("sweep-files", own=True)
@@ -574,158 +407,12 @@ def test_records_of_sweeps_do_not_land_among_what_a_checkout_tracks(lm, tmp_path
         with pytest.raises(UsageError, match="in (results|notebooks)/ of a checkout.*give a folder of its own"):
             sweep.sweep(lm, "attribution", QUERIES[:1], {"steps": 2}, Path(out))
         with pytest.raises(UsageError, match="give a folder of its own"):
-            sweep.merge([Path(out)], Path(out) / "all.jsonl")
+            shards.merge([Path(out)], Path(out) / "all.jsonl")
     assert not (root / "results" / "new").exists()
     sweep.sweep(lm, "attribution", QUERIES[:1], {"steps": 2}, Path("runs"))
     for taken in (os.environ["KNCORE_SCORES"], os.environ["KNCORE_RESULTS"]):
         with pytest.raises(UsageError, match="is for other things"):
             sweep.sweep(lm, "attribution", QUERIES[:1], {"steps": 2}, Path(taken) / "runs")
-
-
-# ------------------------------------------------------------------------------------------- prompts of one's own
-
-ROW = '{"prompt": "the capital of", "target": "France"}'
-
-
-@pytest.mark.kind("blank-lines")
-@pytest.mark.parametrize("text", [
-    f"{ROW}\n{ROW}\n\n", f"\n{ROW}\n\n{ROW}", f"{ROW}\r\n\r\n{ROW}\r\n \t \r\n", f"\ufeff\n{ROW}\n{ROW}\n\u3000\n",
-])  # fmt: skip
-def test_blank_lines_are_skipped(text, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text, encoding="utf-8", newline="")
-    assert sweep.read_queries(path, "attribution") == [Query("the capital of", "France")] * 2
-    lines = len(text.replace("\r\n", "\n").splitlines()) if text.endswith("\n") else text.count("\n") + 1
-    path.write_text(text + ("" if text.endswith("\n") else "\n") + '{"prompt": 1}', encoding="utf-8", newline="")
-    with pytest.raises(UsageError, match=f"line {lines + 1}: there is no target"):
-        sweep.read_queries(path, "attribution")
-
-
-@pytest.mark.kind("blank-lines", own=True)
-@pytest.mark.parametrize(("line", "match"), [
-    ('{"prompt": "a", "prompt": "b", "target": "c"}', "'prompt' stands there twice"),
-    ('{"promt": "a", "target": "c", "Colour": 1}', r"has no 'promt', 'Colour' .did you mean prompt\?"),
-    ('{"prompt": "a"}', "there is no target"),
-    ('{"prompt": NaN, "target": "c"}', "NaN is no finite number"),
-    ('{"prompt": "a", "target": -Infinity}', "-Infinity is no finite number"),
-    ('{"prompt": "a", "target": 1e999}', "1e999 is no finite number"),
-    ('{"prompt": "a", "target": ' + "9" * 5000 + "}", "is no finite number"),
-    ('{"prompt": "a", "target": 7}', "the target of a Query must be text, got int 7"),
-    ("null", "it holds null, no object"),
-    ('["a", "b"]', "no object"),
-    ("{'prompt': 'a'}", "no JSON .Expecting property name.* at letter 2"),
-    (f"{ROW}{ROW}", "no JSON .Extra data"),
-])  # fmt: skip
-def test_a_line_that_is_no_prompt_says_why(line, match, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(f"\n{ROW}\n\n{line}\n")
-    with pytest.raises(
-        UsageError, match=f"prompts.jsonl, line 4: .*{match}.*Expected an object with prompt and target"
-    ):
-        sweep.read_queries(path, "attribution")
-
-
-@pytest.mark.kind("blank-lines", own=True)
-@pytest.mark.parametrize("text", ["", "\n", " \r\n\t\n", "\ufeff"])
-def test_a_file_without_a_prompt_is_refused(text, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UsageError, match="holds no prompts; expected lines of JSON"):
-        sweep.read_queries(path, "attribution")
-
-
-# ------------------------------------------------------------------------------------------- the command line
-
-
-def command(*arguments):
-    try:
-        return __main__.main(["sweep", *arguments])
-    except SystemExit as end:
-        return end.code
-
-
-def test_a_number_is_what_was_typed_or_refused(capsys):
-    texts = ["٣", "1_0", "+5", "1e3", "5.0", "5x", "-1", "0x5", "²", "½", "", "五", "9" * 30]
-    for option in ("-n", "--seed", "--steps", "--shard", "--limit"):
-        start = ["cache", "--prune"] if option == "--limit" else ["sweep", "attribution", "--out", "o"]
-        for text in texts:
-            text = f"{text}/{text}" if option == "--shard" else text
-            with pytest.raises(SystemExit) as error:
-                __main__.main([*start, f"{option}={text}"])
-            said = capsys.readouterr().err
-            assert error.value.code == 2 and said.count("\n") == 1 and repr(text) in said
-    words = "sweep attribution -n 010 --seed 08 --steps 020 --shard 03/08 --out o"
-    options = __main__.parser().parse_args(words.split())
-    assert (options.n, options.seed, options.steps, options.shard) == (10, 8, 20, (3, 8))
-
-
-@pytest.mark.kind("parameter-as-typed", own=True)
-@pytest.mark.parametrize(("arguments", "match"), [
-    (["attribution", "--editor", "rome"], "attribution has no setting 'editor'"),
-    (["edits", "--steps", "5"], "edits has no setting 'steps'"),
-    (["attribution", "--steps", "1", "--quadrature", "trapezoid"], "needs more than 1 steps"),
-    (["attribution", "--quadrature", "simpson"], "unknown quadrature 'simpson'"),
-    (["attribution", "--queries", "q", "-n", "3"], "leave out -n"),
-    (["attribution", "--queries", "q", "--seed", "0", "--source", "own"], "leave out --seed, --source"),
-    (["attribution", "--queries", "q", "capital"], "leave out names"),
-])  # fmt: skip
-def test_what_would_have_no_effect_is_refused_before_a_model_is_loaded(arguments, match, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("loaded"))
-    Path("q").write_text(ROW)
-    assert command(*arguments, "--out", "o") == 2
-    said = capsys.readouterr().err
-    assert match in said and said.count("\n") == 1 and not Path("o").exists()
-
-
-@pytest.mark.kind("parameter-as-typed", own=True)
-def test_names_may_stand_after_the_options(capsys):
-    for words in ("capital maker --out o -n 1", "--out o capital maker -n 1", "capital --out o maker -n 1"):
-        options = __main__._parsed(["sweep", "attribution", *words.split()])
-        assert options.names == ["capital", "maker"]
-    for words in ("sweep attribution --out o --colour red capital", "cache capital"):
-        with pytest.raises(SystemExit):
-            __main__._parsed(words.split())
-        assert "unrecognized arguments" in capsys.readouterr().err
-
-
-@pytest.mark.kind("raw-errors")
-@pytest.mark.parametrize("words", [
-    "Could not determine home directory.",  # of pathlib
-    "could not determine the home directory for '~/.cache', set an absolute HOME or XDG variable",  # of pooch
-])  # fmt: skip
-def test_a_user_without_a_home_is_told_to_name_one(words, capsys, monkeypatch):
-    def homeless():
-        raise RuntimeError(words)
-
-    monkeypatch.setattr(models, "cache_folder", homeless)
-    assert __main__.main(["cache"]) == 2
-    assert capsys.readouterr().err == "kncore: this user has no home folder; set HOME to a folder that can be written\n"
-
-
-@pytest.mark.kind("raw-errors")
-def test_closed_streams_are_no_files_of_ours(tmp_path):
-    """Without standard streams the next file that is opened would have their numbers, and get what is printed."""
-    code = "import os, sys; from kncore import __main__; code = __main__.main(['cache']); "
-    code += "sys.exit(code or not all(os.readlink(f'/proc/self/fd/{n}') == os.devnull for n in range(3)))"
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH") or str(root)}
-    done = subprocess.run(
-        ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code], env=environment, check=False
-    )
-    assert done.returncode == 0
-
-
-@pytest.mark.kind("raw-errors", own=True)
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-@pytest.mark.parametrize("buffering", [1, -1])  # found when a line is printed, and when all is
-def test_a_stream_that_takes_nothing_is_named(buffering, capsys, monkeypatch):
-    full = open("/dev/full", "w", buffering=buffering, encoding="utf-8")
-    monkeypatch.setattr(sys, "stdout", full)
-    assert __main__.main(["cache"]) == 1
-    assert "No space left on device: 'standard output'; free some space" in capsys.readouterr().err
-    with contextlib.suppress(OSError):
-        full.close()
 
 
 @pytest.mark.kind("raw-errors", own=True)

@@ -2,13 +2,14 @@
 
 import collections
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kncore import tasks
-from kncore.tasks import Query
+from kncore.query import Query
+from knpaper import tasks
 
 # Known independently of the tables: one fact a relation.
 SPOT = {
@@ -212,3 +213,12 @@ def test_errors_say_what_to_do():
     for template in ("The capital is", "{} and {} are"):
         with pytest.raises(ValueError, match="exactly once"):
             tasks.facts("capital", templates=[template])
+
+
+def test_paraphrases_of_a_fact_are_all_templates_of_its_relation():
+    relation = tasks.describe("capital")
+    query = replace(tasks.ask(relation, ("France", "Paris"), relation.templates[0]), foil="Madrid")
+    found = [other.prompt for other in tasks.paraphrases(query)]
+    assert found == [text.replace("{}", "France") for text in relation.templates]
+    assert tasks.paraphrases(replace(query, task="P36")) == []
+    assert tasks.paraphrases(replace(query, prompt=f"{query.prompt} [MASK].")) == []

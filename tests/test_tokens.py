@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
-from kncore import Query, models, tokens
+from kncore import Query, tokens, zoo
 from kncore.tokens import Encoded, encode, longest, pad, span, steps
 
 ID = {word: i for i, word in enumerate(tiny.SPECIAL + tiny.WORDS)}
@@ -104,7 +104,7 @@ def test_a_prompt_that_does_not_end_at_a_token_boundary_is_refused():
     core = Tokenizer(kinds.BPE({"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4, "c": 5}, [("a", " "), ("a ", "b")]))
     lm = replace(LLAMA, tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=core))
     assert encode(lm, Query("c", "b")) == Encoded((5,), 0, (1, 2))
-    with pytest.raises(ValueError, match="tokens of 'a' change when 'b' follows.*End the prompt with a whole word"):
+    with pytest.raises(ValueError, match="tokens of 'a' change when 'b' follows.*end the prompt with a whole word"):
         encode(lm, Query("a", "b"))
 
 
@@ -256,8 +256,8 @@ def test_a_tokenizer_without_padding_token_pads_with_ids_that_exist():
 
 @pytest.mark.model
 def test_the_default_tokenizer_keeps_paris_with_its_space_in_one_token():
-    entry = models.REGISTRY[models.DEFAULT]
-    folder = models.cache_folder() / "models" / f"{models.DEFAULT}-{entry.sha256[:16]}"
+    entry = zoo.REGISTRY[zoo.DEFAULT]
+    folder = zoo.cache_folder() / "models" / f"{zoo.DEFAULT}-{entry.sha256[:16]}"
     if not folder.is_dir():
         pytest.skip("the default model is not in the cache; `make install` puts it there")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

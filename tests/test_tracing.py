@@ -7,16 +7,15 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traces import MODELS, ask, on_all_families
 
-from kncore import cache, grammar, tasks, tokens, tracing
+from kncore import tokens, tracing
 from kncore.interventions import Delta, edited
-from kncore.models import LM
-from kncore.tasks import Query
-from kncore.tracing import Restore, replacements, trace
+from kncore.query import Query
+from kncore.store import cache
+from kncore.tracing import Restore, trace
 
-MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 WEIGHTS = {family: [p.clone() for p in lm.model.parameters()] for family, lm in MODELS.items()}
-on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
 SITES = ("residual", "mlp", "attention")
 RESTORES = (
     Restore(),
@@ -34,15 +33,9 @@ def models_stay_as_they_were():
     """Bit for bit, without hooks, after every test, also after those that raise."""
     yield
     for family, lm in MODELS.items():
-        assert not lm.touched
+        assert not lm.is_modified
         assert all(torch.equal(p, was) for p, was in zip(lm.model.parameters(), WEIGHTS[family], strict=True))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
-
-
-def ask(lm, subject: str = "France Spain", target: str = "Paris", foil: str = "Madrid", text: str = "") -> Query:
-    """A query with text before and after its subject; a masked model reads on after the mask."""
-    template = (text or "the capital of {} is in") + (" [MASK] ." if lm.spec.masked else "")
-    return Query(template.replace("{}", subject), target, subject, foil, template=template)
 
 
 def first(lm, query: Query) -> int:
@@ -311,91 +304,6 @@ def test_more_samples_go_on_where_fewer_stopped(noise):
     assert torch.equal(noise[1][:2], noise[0])
 
 
-@on_all_families
-def test_replacements_lie_at_the_same_tokens_of_the_same_template_with_another_target(family):
-    lm = MODELS[family]
-    other_place = "Anna saw {} , the capital of"
-    queries = [
-        ask(lm, "France", "Paris"),
-        ask(lm, "Spain", "Madrid", "Paris"),
-        ask(lm, "cat", "Paris"),  # the target of the first
-        ask(lm, "red cats", "book"),  # two tokens
-        ask(lm, "books", "red", text=other_place),
-        ask(lm, "book", "Paris", text=other_place),
-    ]
-    for seed in range(5):
-        found = replacements(lm, queries, seed)
-        assert found == replacements(lm, queries, seed)
-        assert found[0] == found[2] == queries[1] and found[1] in (queries[0], queries[2])
-        assert found[3] is None and (found[4], found[5]) == (queries[5], queries[4])
-    assert {replacements(lm, queries, seed)[1] for seed in range(20)} == {queries[0], queries[2]}
-    both = [query for query, other in zip(queries, found, strict=True) if other]
-    traced = trace(lm, both, others=[other for other in found if other], store=False)
-    assert all(torch.isfinite(one.restored).all() for one in traced)
-
-
-# Prompts to trace
-
-
-def reader(words) -> LM:
-    """A tiny model whose tokens are these words."""
-    lm = MODELS["gpt2"]
-    table = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *dict.fromkeys(words)])}
-    tokenizer = tiny.tokenizer(False)
-    core = type(tokenizer.backend_tokenizer)(tiny.models.WordLevel(table, unk_token="[UNK]"))
-    core.pre_tokenizer = tiny.pre_tokenizers.Whitespace()
-    tokenizer = tiny.transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
-    torch.manual_seed(0)
-    config = tiny.transformers.GPT2Config(vocab_size=len(table), n_embd=16, n_layer=2, n_head=2, n_positions=64)
-    built = tiny.transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    return LM("tiny-reader", "seed0", built, tokenizer, lm.spec)
-
-
-def words_of(queries):
-    text = " ".join(f"{query.prompt} {query.target} {query.foil}" for query in queries)
-    return [word for word, _ in tiny.pre_tokenizers.Whitespace().pre_tokenize_str(text)]
-
-
-def preferring(monkeypatch, right):
-    monkeypatch.setattr(
-        tracing.predictions, "predict", lambda lm, queries, *_: {"prefers": [right(query) for query in queries]}
-    )
-
-
-def test_facts_to_trace_are_known_have_subjects_of_several_tokens_and_a_partner_at_the_same_tokens(monkeypatch):
-    lm = reader(words_of(tasks.facts("capital")))
-    preferring(monkeypatch, lambda query: query.target != "Wellington")
-    every = tracing.facts(lm, "capital", 1000)
-    assert len(every) > 5 and tracing.facts(lm, "capital", 3) == every[:3]
-    assert tracing.facts(lm, "capital", 3, seed=1) != every[:3]
-    known = dict(tasks.describe("capital").pairs)
-    assert "Wellington" in known.values() and "Wellington" not in {query.target for query, _ in every}
-    for query, other in every:
-        assert not query.template.startswith("{}") and query.template == other.template
-        assert 2 <= len(query.subject.split()) <= 6 and len(query.subject.split()) == len(other.subject.split())
-        assert (known[query.subject], known[other.subject]) == (query.target, other.target)
-        assert query.foil == other.target != query.target
-    got = trace(lm, [query for query, _ in every[:2]], others=[other for _, other in every[:2]])
-    assert [one.query for one in got] == [query for query, _ in every[:2]]
-
-
-@pytest.mark.parametrize("phenomenon", [name for name in grammar.phenomena() if name.startswith("subject_verb")])
-@pytest.mark.parametrize("then", ["", " really"])
-def test_sentences_to_trace_come_with_their_partner_of_the_other_number(phenomenon, then, monkeypatch):
-    pairs = grammar.minimal_pairs(phenomenon)
-    lm = reader([*words_of(pairs), "really"])
-    refused = pairs[0].target
-    preferring(monkeypatch, lambda query: query.target != refused)
-    got = tracing.agreement(lm, phenomenon, 4, then=then)
-    assert len(got) == 4
-    for query, other in got:
-        assert query.target != refused and (query.target, query.foil) == (other.foil, other.target)
-        assert query.subject.startswith("the ") and query.prompt.endswith(query.subject + then)
-        assert query.value != other.value and query.item == other.item
-    traced = trace(lm, [query for query, _ in got], others=[other for _, other in got])
-    assert all(one.tokens[one.subject[0]] == "the" for one in traced)
-
-
 # The store
 
 
@@ -525,22 +433,22 @@ def test_a_changed_model_is_traced_as_it_is_and_stored_as_another_one(runs):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"queries": []}, "nothing to trace"),
-        ({"restores": []}, "nothing to trace"),
+        ({"queries": []}, "no queries given"),
+        ({"restores": []}, "no restores given"),
         ({"queries": [Query("the capital of France is", "Paris", foil="Madrid")]}, "a subject to corrupt"),
         ({"queries": [Query("the capital of France is", "Paris", "France")]}, "a foil for the log-odds"),
         ({"restores": [Restore("neuron")]}, "neuron.*the site is one of attention, mlp, residual"),
         ({"restores": [Restore("mlp", sever="mlp")]}, "only another can be severed"),
         ({"restores": [Restore("mlp", sever="residual")]}, "only another can be severed"),
-        ({"restores": [Restore(window=0)]}, "window is a number of blocks, 1 to 3"),
-        ({"restores": [Restore(), Restore(window=4)]}, "window is a number of blocks, 1 to 3"),
-        ({"noise": 0.0}, "noise must be positive"),
-        ({"noise": None}, "noise must be positive"),
-        ({"noise": float("nan")}, "noise must be positive"),
-        ({"samples": 0}, "samples at least 1"),
+        ({"restores": [Restore(window=0)]}, "window must be from 1 to 3"),
+        ({"restores": [Restore(), Restore(window=4)]}, "window must be from 1 to 3"),
+        ({"noise": 0.0}, "noise must be"),
+        ({"noise": None}, "noise must be"),
+        ({"noise": float("nan")}, "noise must be"),
+        ({"samples": 0}, "samples must be at least 1"),
         ({"where": "subject"}, "unknown tokens 'subject'.*'all' or 'ends'"),
-        ({"stride": 0}, "stride is a number of blocks, 1 to 3"),
-        ({"stride": 4}, "stride is a number of blocks, 1 to 3"),
+        ({"stride": 0}, "stride must be from 1 to 3"),
+        ({"stride": 4}, "stride must be from 1 to 3"),
         ({"others": []}, "1 queries but 0 others"),
         ({"others": [Query("the capital of Spain is in", "Madrid", "Spain")]}, "cannot replace.*`replacements`"),
         ({"others": [Query("the capital of the red is in", "Madrid", "red")]}, "cannot replace.*`replacements`"),
@@ -573,11 +481,11 @@ def test_an_error_in_the_middle_leaves_the_model_without_hooks(monkeypatch):
     def fail(*args):
         replays.append(1)
         if len(replays) > 3:
-            assert lm.touched  # noise and states are hooks while a trace runs
+            assert lm.is_modified  # noise and states are hooks while a trace runs
             raise RuntimeError("out of memory")
         return own(*args)
 
     monkeypatch.setattr(tracing, "replay", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         trace(lm, [ask(lm)], [Restore("mlp", 3, "attention")])
-    assert not lm.touched and not stored()
+    assert not lm.is_modified and not stored()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kncore
-from kncore import corpus
+from knpaper import corpus
 
 KINDS = sorted(controlled.PLAN)
 

@@ -23,8 +23,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_project import locked
 
-from kncore import sweep
-from kncore.tasks import Query
+from knbook import sweep
+from kncore.query import Query
 
 ROOT = Path(__file__).resolve().parent.parent
 SNAKEMAKE = os.environ.get("KNCORE_SNAKEMAKE") or shutil.which("snakemake")

@@ -7,6 +7,8 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from knpaper import stored
+
 PARAMETERS = 'model = "tiny"\nn = 2\nscale = 0.5'
 COMPUTE = """\
 import json, os, pathlib, sys
@@ -20,7 +22,8 @@ _ = (folder / "claim.json").write_text(json.dumps({"n": n}))"""
 
 def notebook(*sources: str) -> nbformat.NotebookNode:
     first = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
-    return new_notebook(cells=[new_markdown_cell("# Toy"), first, *map(new_code_cell, sources)])
+    cells = [new_markdown_cell("# Toy"), first, *map(new_code_cell, sources)]
+    return new_notebook(cells=cells, metadata={"language_info": dict(stored.LANGUAGE)})
 
 
 def make_checkout(folder: Path, **notebooks: nbformat.NotebookNode) -> Path:
@@ -28,7 +31,7 @@ def make_checkout(folder: Path, **notebooks: nbformat.NotebookNode) -> Path:
     (folder / "book").mkdir()
     (folder / "book" / "index.md").write_text("# Toy\n")
     (folder / "_config.yml").write_text("title: Toy\n")
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/index\nparts: []\n")
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/index\n")
     for name, content in notebooks.items():
         nbformat.write(content, folder / "notebooks" / f"{name[1:].replace('_', '-')}.ipynb")
     return folder

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kncore.models import LM
-from kncore.tasks import MASK, Query
+from kncore.query import MASK, Query
 
 _LLAMA = ("model.layers", "mlp.down_proj")
 # Where the paths below differ from the package's own table, one of the two is wrong.

