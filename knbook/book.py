@@ -24,7 +24,7 @@ import yaml
 from bs4 import BeautifulSoup
 
 from knbook import bound, provenance, runs, sphinxext
-from knbook.checkout import COMPANION_MODELS, chapters, is_comparison, slug
+from knbook.checkout import COMPANION_MODELS, chapters, slug
 from knbook.errors import RunError, UsageError
 from knbook.kernel import EPOCH
 from knbook.runner import TIMEOUT, keep_times
@@ -146,8 +146,8 @@ def _jobs(root: Path, staging: Path) -> dict[str, tuple[list[str], Path, int]]:
     cores = os.cpu_count() or 1
     halves = {"chapters that attribute": [], "the other chapters": []}
     for chapter in chapters(root):
-        attributes = not is_comparison(chapter) and "kncore.attribute(" in chapter.path.read_text(encoding="utf-8")
-        halves["chapters that attribute" if attributes else "the other chapters"].append(chapter.number)
+        half = "chapters that attribute" if "quadrature" in chapter.defaults else "the other chapters"
+        halves[half].append(chapter.number)
     jobs = {
         name: (["--only", ",".join(numbers)], staging / "notebooks", max(1, cores // 4))
         for name, numbers in halves.items()

@@ -27,27 +27,33 @@ def parse_parameters(pairs: Sequence[str]) -> dict[str, Scalar]:
 
     A number is decimal and written as in Python: 5, -0.25, 1e-3, without a plus sign, a leading zero or underscores.
     true, false and null may be written True, False and None. Everything else is text, which no parameter that is a
-    number takes: systems read 010 and 1:30 differently. So is what stands in quotes, without these.
+    number takes: systems read 010 and 1:30 differently. So is what stands in quotes, without these. Raises UsageError
+    for quotes that do not pair off, and for a number so small that it would be 0.
     """
     parameters: dict[str, Scalar] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"-p {pair[:200]}: expected name=value")
-        value = _value(text)
+        value = _value(text, f"-p {pair[:200]}")
         if name in parameters and (type(value), value) != (type(parameters[name]), parameters[name]):
             raise UsageError(f"-p {name} is given twice, as {parameters[name]!r} and as {value!r}; give it once")
         parameters[name] = value
     return parameters
 
 
-def _value(text: str) -> Scalar:
+def _value(text: str, pair: str) -> Scalar:
     if text in WORDS:
         return WORDS[text]
     if quoted := re.fullmatch(r"""(["'])((?:(?!\1)[^\\])*)\1""", text, re.DOTALL):
         return quoted[2]
+    if text[:1] in ('"', "'"):
+        raise UsageError(f"{pair}: expected the same quote at both ends, and neither it nor a backslash between them")
     if found := NUMBER.fullmatch(text):
-        return float(text) if found["rest"] else int(text)
+        value = float(text) if found["rest"] else int(text)
+        if not value and re.search("[1-9]", re.split("[eE]", text)[0]):
+            raise UsageError(f"{pair}: expected a number of at least 5e-324 in size; this one would be 0")
+        return value
     return text
 
 

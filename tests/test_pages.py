@@ -114,7 +114,8 @@ def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeyp
 
 
 def test_chapters_that_attribute_share_a_job(tmp_path):
-    attributing = notebook("kncore.attribute(lm, queries)")
+    attributing = notebook("neurons_of(lm, queries, quadrature)")
+    attributing.cells[1].source += '\nquadrature = "gauss"'
     root = make_checkout(tmp_path / "toy", n01_one=attributing, n02_two=notebook(COMPUTE), n03_three=attributing)
     jobs = book._jobs(root, root / "_build" / "staging")
     assert [arguments for arguments, *_ in jobs.values()] == [["--only", "01,03"], ["--only", "02"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_number_in_another_notation_is_refused(text):
     + ["9" * 5000, "'5", "\"a'", "'a''b'", "'a\\n'", "+1_0", "01.5", "1e1_0"],
 )
 def test_so_is_one_that_nobody_thought_of(text):
-    with pytest.raises(UsageError, match="got (str|float) "):
+    with pytest.raises(UsageError, match="got (str|float) |expected (the same quote|a number of at least)"):
         check_parameters(NUMBERS, parse_parameters([f"seed={text}"]))
 
 
@@ -62,11 +63,20 @@ def test_a_literal_of_python_is_that_value(value):
 
 @pytest.mark.kind("parameter-as-typed", own=True)
 @given(st.text())
-def test_text_arrives_letter_for_letter(text):
-    found = parse_parameters([f"x={text}"])["x"]
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    assert str(found) in (text, text[1:-1] if quoted else text) or not isinstance(found, str)
-    assert isinstance(found, str) or found is None or text in ("true", "false") or float(text) == found
+def test_text_arrives_letter_for_letter_or_is_refused(text):
+    with contextlib.suppress(UsageError):
+        found = parse_parameters([f"x={text}"])["x"]
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        assert str(found) == (text[1:-1] if quoted else text) or not isinstance(found, str)
+        assert isinstance(found, str) or found is None or text in ("true", "false") or float(text) == found
+
+
+@pytest.mark.kind("parameter-as-typed", own=True)
+@pytest.mark.parametrize("text", ["'5", "\"a'", "'a''b'", "'a\\n'", "'", "1e-400", "-0.1e-999"])
+def test_quotes_that_do_not_pair_off_and_a_number_that_would_be_0_are_refused(text):
+    with pytest.raises(UsageError, match="^-p scale=.*expected (the same quote at both ends|a number of at least)"):
+        parse_parameters([f"scale={text}"])
+    assert parse_parameters(["scale=0.0", "other=0e5", "least=5e-324"]) == {"scale": 0.0, "other": 0.0, "least": 5e-324}
 
 
 @pytest.mark.kind("parameter-as-typed", own=True)

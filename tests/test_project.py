@@ -173,6 +173,7 @@ def test_every_chapter_can_be_run_on_another_model():
         source = chapter.path.read_text(encoding="utf-8")
         if "kncore.attribute(" in source and "model" in chapter.defaults:
             assert {"source", "quadrature"} <= chapter.defaults.keys(), chapter.path.name
+        assert ("quadrature=quadrature" in source) == ("quadrature" in chapter.defaults), chapter.path.name
 
 
 def test_the_index_in_contributing_is_that_of_the_files():
