@@ -686,7 +686,7 @@ def test_lists_that_are_none_are_refused():
         predictions.text_loss(LLAMA, [])
     with pytest.raises(TypeError, match="expected a list of str as texts, got str"):
         predictions.text_loss(LLAMA, "the cat")
-    with pytest.raises(ValueError, match="no prompts given|no prompts to go on with"):
+    with pytest.raises(ValueError, match="no prompts given"):
         criteria.generations(LLAMA, [])
     for length in (0, -1, 1.5):
         with pytest.raises(ValueError, match="length must be"):

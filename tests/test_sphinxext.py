@@ -23,7 +23,6 @@ from test_pages import put
 from toy import notebook, snapshot
 
 from knbook import book, runs, sphinxext
-from kncore import zoo
 from knpaper import looking, stored
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +146,6 @@ def test_the_page_of_a_model_that_comes_with_the_package_is_its_card(tmp_path, m
     (tmp_path / "known" / "README.md").write_text("# known\n\nMade of sugar.\n")
     text = sphinxext.model_card("known")
     assert text.startswith("# known\n") and text.endswith("Made of sugar.\n") and text.count("# ") == 1
-    assert sphinxext.SHIPPED != zoo.SHIPPED
 
 
 def test_prose_gets_the_numbers_of_its_own_model_and_no_other(site):
