@@ -130,7 +130,8 @@ def _label_rows(ax: Axes, rows: Sequence[str], xlabel: str, zero: bool) -> None:
 def intervals(rows: Mapping[str, Estimate], xlabel: str, colours: Sequence[str] = (), zero: bool = False) -> Axes:
     """Return one line per estimate: the value as a dot, its 95 % interval as a bar."""
     _, ax = _panel(0.36 * len(rows) + 1.0)
-    for i, (estimate, colour) in enumerate(zip(rows.values(), colours or [FACTS] * len(rows), strict=False)):
+    for i, estimate in enumerate(rows.values()):
+        colour = colours[i] if colours else FACTS
         _bar(ax, [estimate.low, estimate.high], [i, i], colour, 2.2)
         ax.plot(estimate.value, i, "o", color=colour, ms=6)
     _label_rows(ax, list(rows), xlabel, zero)
