@@ -359,8 +359,10 @@ def test_a_run_that_lasts_keeps_its_scratch_folder_where_every_lock_succeeds(toy
 
 @pytest.mark.kind("orphans-and-scratch", own=True)
 def test_what_a_job_of_the_book_warns_of_is_said_once(tmp_path, monkeypatch, capsys):
-    said = "import sys; print('kncore: the store of the book is full', file=sys.stderr); kncore = 'kncore.attribute('"
-    toy = make_checkout(tmp_path / "toy", n01_one=notebook(said), n02_two=notebook(said.partition("; kncore")[0]))
+    said = "import sys; print('kncore: the store of the book is full', file=sys.stderr)"
+    attributes = notebook(said)
+    attributes.cells[1].source += '\nquadrature = "gauss"'
+    toy = make_checkout(tmp_path / "toy", n01_one=attributes, n02_two=notebook(said))
     monkeypatch.setattr(disk, "_said", set())
     staged = book.stage(toy)
     book._run_all(toy, staged, 60)
