@@ -7,7 +7,9 @@ SHELL := bash
 PYTHON ?= python3
 SEEDS ?= 0
 JOBS ?= 2
-SHARED := -n $(JOBS) --dist loadfile
+# Without the last option pytest-xdist hands out first what has most tests, and not what comes first in our order.
+SHARED := -n $(JOBS) --no-loadscope-reorder
+SCORES = $(CURDIR)/_build/smoke/scores
 PY := .venv/bin/python
 STAMP := .venv/.installed
 FRESH := $(CURDIR)/_build/fresh
@@ -41,19 +43,19 @@ pdf: $(STAMP)  ## print the book, from the stored notebooks, into _build/book.pd
 
 test: lint  ## lint, unit tests, stored notebooks against fresh runs, the rendered book and its pages
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore tests/test_book.py --ignore tests/test_browser.py \
-		-n $(JOBS) --dist loadgroup
+		$(SHARED) --dist loadgroup
 	rm -rf $(FRESH)
 	OMP_NUM_THREADS=1 KNCORE_SCORES=$(FRESH)/scores KNCORE_RESULTS=$(FRESH)/results \
-		$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=1800 $(SHARED)
-	$(MAKE) smoke
+		$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=1800 $(SHARED) --dist loadfile
+	$(MAKE) smoke SCORES=$(FRESH)/scores
 	$(PY) -m kncore render
-	KNCORE_COMPUTED=$(FRESH)/results:$(CURDIR)/_build/smoke/results KNCORE_BOOK=required $(PY) -m pytest tests/test_book.py
-	KNCORE_BOOK=required $(PY) -m pytest tests/test_browser.py -n $(JOBS) --dist loadgroup
+	KNCORE_COMPUTED=$(FRESH)/results:$(CURDIR)/_build/smoke/results KNCORE_BOOK=required \
+		$(PY) -m pytest tests/test_book.py tests/test_browser.py $(SHARED) --dist loadgroup
 
 smoke: $(STAMP)  ## every notebook, computed anew on the smallest controlled model, in a few minutes
 	rm -rf _build/smoke
-	cd notebooks && ls *.ipynb | cut -c 1-2 | sort -r | KNCORE_SCORES=$(CURDIR)/_build/smoke/scores OMP_NUM_THREADS=1 \
-		xargs -n 1 -P $(JOBS) $(CURDIR)/$(PY) -m kncore run --model controlled-gpt2 --out $(CURDIR)/_build/smoke --only
+	KNCORE_SCORES=$(SCORES) OMP_NUM_THREADS=1 $(PY) -m kncore run --model controlled-gpt2 --out _build/smoke \
+		--jobs $(JOBS)
 
 models: $(STAMP)  ## train the controlled models anew (about a quarter of an hour each; SEEDS="0 1 2" for all)
 	for seed in $(SEEDS); do for kind in gpt2 llama bert; do \
@@ -92,6 +94,7 @@ bench: $(STAMP)  ## measure speed, faults, kinds of input, shards and scale, int
 	$(PY) benchmarks/shards.py --out book/benchmark-shards.md
 	$(PY) benchmarks/long.py --out book/benchmark-long.md
 	$(PY) benchmarks/scale.py --out book/benchmark-scale.md
+	$(PY) benchmarks/gpu.py --out book/benchmark-gpu.md
 
 clean:  ## remove what was built; .venv and the model cache stay
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis kncore.egg-info

@@ -29,7 +29,7 @@ from report import timed
 from torch import Tensor
 
 import kncore
-from kncore import arch, attribution, tokens
+from kncore import arch, quadrature, tokens
 from kncore.models import LM
 from kncore.query import Query
 from kncore.replay import Change, capture, replay
@@ -144,7 +144,8 @@ def work(method: Method, length: int, nodes: Float[Tensor, " block"] | None) -> 
     """
     size = scale.size(method.lm.model.config)
     if nodes is not None:
-        return scale.work(size, length, nodes, scale.ends(nodes) if method.scores == DEFAULT else 1)
+        adapted = method.scores == DEFAULT
+        return scale.work(size, length, scale.paid(nodes, size.blocks) if adapted else nodes, 0 if adapted else 1)
     forward = (20 + method.extra) * (size.blocks * size.block + size.head)
     backward = [20 * (above * size.block + size.projection + size.head) for above in range(size.blocks)]
     return 2e-9 * length * float(size.blocks * forward + sum(backward))
@@ -190,7 +191,7 @@ def reference(lm: LM, query: Query, blocks: Sequence[int], per_panel: int) -> Fl
     """Scores by Gauss-Legendre nodes on fixed panels: 133 on block 0, the narrowest next to zero, 8 on the others."""
     encoded = tokens.encode(lm, query)
     captured = capture(lm, [encoded])
-    x, w = map(torch.tensor, attribution.rule("gauss", per_panel))
+    x, w = map(torch.tensor, quadrature.rule("gauss", per_panel))
     fine, coarse = {i / 128 for i in range(129)} | {4.0**-k for k in range(4, 9)}, {i / 8 for i in range(9)}
     out = []
     for block in blocks:
@@ -276,7 +277,7 @@ def rounding(lm: LM, exact: LM, query: Query, steps: int = 4) -> str:
     for site in ("neuron", "published"):
         options = {"quadrature": "riemann", "steps": steps, "site": site, "store": False}
         truth, got = (kncore.attribute(model, [query], **options).scores[0] for model in (exact, lm))
-        plain = naive.attribution(lm, tokens.encode(lm, query), *attribution.rule("riemann", steps), site)
+        plain = naive.attribution(lm, tokens.encode(lm, query), *quadrature.rule("riemann", steps), site)
         found.append(f"{largest(plain, truth):.0e} for naive and {largest(got, truth):.0e} for kncore")
     return (
         f"Rounding, with {steps} Riemann nodes on “{query.prompt}”: the largest distance from the same\n"
@@ -286,7 +287,7 @@ def rounding(lm: LM, exact: LM, query: Query, steps: int = 4) -> str:
 
 def lineup(args, lm: LM, gpt2: LM) -> tuple[list[Method], list[list[str]]]:
     """The methods, and a row for each peer that cannot be run."""
-    rule, absent = attribution.rule("riemann", 20), []
+    rule, absent = quadrature.rule("riemann", 20), []
     methods = [
         Method("naive", RIEMANN, lm, lambda queries: naive.attribution(lm, tokens.encode(lm, queries[0]), *rule))
     ]

@@ -251,8 +251,8 @@ def together(tally: Tally, *processes: subprocess.Popen) -> None:
 
 def processes(run: Run) -> list[psutil.Process]:
     """What the run began that has not ended, and all that this began."""
-    stores = str(run.here / "scores")
-    return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("KNCORE_SCORES") == stores]
+    stores, found = str(run.here / "scores"), psutil.process_iter(["environ", "cmdline"])
+    return [p for p in found if (p.info["environ"] or {}).get("KNCORE_SCORES") == stores]
 
 
 def ended(run: Run, seconds: float) -> bool:
@@ -322,7 +322,7 @@ def ends_of_a_book_alone(folder: Path, seed: int = 0) -> Tally:
         new = first.read_bytes()
         first.write_bytes(new.replace(b"print(model, n)", b"import time; time.sleep(6); print('old')"))
         process = run.start()
-        while process.poll() is None and len(processes(run)) < 3:  # the book, a run of it, a kernel of that
+        while process.poll() is None and not any("ipykernel" in str(p.info["cmdline"]) for p in processes(run)):
             time.sleep(0.1)
         process.send_signal(end)
         process.communicate()

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from gpu import MODELS
 from report import most_memory, parser, show, table, timed
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import kncore
-from kncore import arch, attribution, tokens
+from kncore import arch, quadrature, tokens
 from kncore.models import LM
 from kncore.replay import Change, capture, replay
 from kncore.tokens import Encoded
@@ -24,12 +25,6 @@ from knpaper import stats, tasks
 
 PARAREL = 253_448  # prompts of 27,738 facts, as filtered by Dai et al. 2022, section 4.1
 BUDGET = 1024  # positions held at once, the default of kncore.attribute
-MODELS = {
-    "GPT-2 XL": transformers.GPT2Config(n_embd=1600, n_layer=48, n_head=25),
-    "LLaMA-2-7B": transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-    ),
-}
 TOGETHER = 5  # prompts in one call
 STANDARD = "smollm2-135m"  # the model that is timed here
 COLUMNS = (
@@ -59,16 +54,18 @@ def size(config: transformers.PretrainedConfig) -> Size:
     return Size(whole, sum(linear), values.numel(), values.shape[1] * config.vocab_size, len(blocks))
 
 
-def ends(nodes):
-    """How many ends of panels a path with so many nodes has: one, at 0, and three more for each split of a panel."""
-    return 1 + (nodes / attribution.PANEL_NODES - 1) / attribution.SPLIT * (attribution.SPLIT - 1)
+def paid(nodes, blocks: int) -> torch.Tensor:
+    """Nodes of the default quadrature that a pass is made for, by block: for the last of each, one of block 0 does."""
+    out = torch.zeros(blocks, dtype=torch.double) + nodes - 1
+    out[0] += 1
+    return out
 
 
 def work(size: Size, length: float, nodes, ends) -> float:
     """GFLOP of one prompt of `length` tokens: two for each weight of a linear layer that a position passes.
 
-    After one pass of the prompt, one position passes the blocks from the change upwards, for each node and each end of
-    a panel, and goes backward to the change for each node. `nodes` and `ends`: numbers, or tensors by block.
+    After one pass of the prompt, one position passes the blocks from the change upwards, for each node and each end
+    that is no node, and goes backward to the change for each node. `nodes` and `ends`: numbers, or tensors by block.
     """
     above = torch.arange(size.blocks).flip(0).double()
     forward = (nodes + ends) * ((above + 1) * size.block + size.head)
@@ -117,9 +114,9 @@ def standard(prompts: int) -> tuple[float, float, float, str]:
     each = float(torch.cat(nodes).mean())
     length = sum(len(tokens.encode(lm, query).ids) for query in queries) / len(queries)
     took, grown = stats.mean(seconds), most_memory() - before
-    rate = work(size(lm.model.config), length, each, ends(each)) / took.value
+    rate = work(size(lm.model.config), length, paid(each, len(lm.blocks)), 0) / took.value
     block, head = held(lm.model.config, round(length))
-    first = TOGETHER * attribution.PANEL_NODES  # rows of each block in the first pass, which is the largest
+    first = TOGETHER * (len(quadrature.START) - 1)  # rows of each block in the first pass, which is the largest
     foretold = 2 * first * sum((k + 1) * block + head for k in range(len(lm.blocks)))
     words = (
         f"{len(queries)} facts on {lm.name} ({torch.get_num_threads()} thread(s), float32): {length:.1f} tokens,\n"
@@ -136,7 +133,7 @@ def main() -> None:
     lines = []
     for name, config in MODELS.items():
         model = size(config)
-        gflop = work(model, length, nodes, ends(nodes))
+        gflop = work(model, length, paid(nodes, model.blocks), 0)
         total = gflop * PARAREL
         block, head = held(config, round(length))
         # The most is held where all rows of a pass entered at the lowest blocks. A row weighs its prefix too.

@@ -13,22 +13,19 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
 from bs4 import BeautifulSoup
 
-from knbook import bound, provenance, runs, sphinxext
+from knbook import jobs, provenance, reuse, runs, sphinxext
 from knbook.checkout import COMPANION_MODELS, chapters, slug
 from knbook.errors import RunError, UsageError
 from knbook.kernel import EPOCH
 from knbook.runner import TIMEOUT, keep_times
-from kncore.store.disk import warn, write
+from kncore.store.disk import write
 from knpaper import stored
 from knpaper.records import keep_dates, read_records
 
@@ -137,89 +134,56 @@ def _render(root: Path, staging: Path, builder: str = "html") -> Path:
     return built
 
 
-def _jobs(root: Path, staging: Path) -> dict[str, tuple[list[str], Path, int]]:
-    """Return what is run to make the book: name: (arguments of `kncore run`, the folder of its notebooks, threads).
+def _jobs(root: Path, staging: Path, scratch: Path, timeout: int) -> dict[jobs.Job, tuple[Path, Path, Path | None]]:
+    """Return what is run to make the book: each job with the folder it runs into, that of its notebook then, and the
+    file in which such a run is kept, if it can be.
 
-    The chapters on their own model in two jobs, those that attribute, which share scores, and the others; then a job
-    for each model of `COMPANION_MODELS` that the book has runs of, with one thread.
+    That is each chapter on its own model, and each of which the book has a run on a model of `COMPANION_MODELS`.
     """
-    cores = os.cpu_count() or 1
-    halves = {"chapters that attribute": [], "the other chapters": []}
-    for chapter in chapters(root):
-        half = "chapters that attribute" if "quadrature" in chapter.defaults else "the other chapters"
-        halves[half].append(chapter.number)
-    jobs = {
-        name: (["--only", ",".join(numbers)], staging / "notebooks", max(1, cores // 4))
-        for name, numbers in halves.items()
-        if numbers
-    }
-    for model in COMPANION_MODELS:
-        folder = staging / "book" / "runs" / model
-        if folder.is_dir():
-            numbers = ",".join(sorted(path.name[:2] for path in folder.glob("*.ipynb")))
-            jobs[model] = (["--model", model, "--only", numbers], folder, 1)
-    return jobs
+    found = {}
+    for model in (None, *COMPANION_MODELS):
+        folder = staging / "book" / "runs" / model if model else staging / "notebooks"
+        for chapter in chapters(root):
+            if (folder / chapter.path.name).is_file():
+                out = scratch / str(len(found))
+                options = ["--out", str(out), "--timeout", str(timeout), *(["--model", model] if model else [])]
+                kept = reuse.place(chapter, {"model": model} if model else {})
+                found[jobs.job(root, chapter, options, model)] = (out, folder, kept)
+    return found
 
 
 def _run_all(root: Path, staging: Path, timeout: int) -> None:
-    """Run the jobs of the book, as many at once as there are cores, into the staging folder.
+    """Run the jobs of the book, as many at once as there are cores, into the staging folder; a run that an earlier book
+    has kept, of the same chapter with the same inputs, is taken instead.
 
     Raises RunError where one fails; the others are stopped.
     """
     scratch = Path(tempfile.mkdtemp(dir=staging.parent, prefix="ran-"))
-    running: list[subprocess.Popen] = []
-    stopped = threading.Event()
-    pool = ThreadPoolExecutor(os.cpu_count())
+    places = _jobs(root, staging, scratch, timeout)
 
-    def run(name: str, arguments: list[str], folder: Path, threads: int) -> tuple[str, Path, Path, int, list[str]]:
-        out, said = scratch / name.replace(" ", "-"), []
-        command = runs.bound("kncore", "run", *arguments, "--out", str(out), "--timeout", str(timeout))
-        settings = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONPATH": runs.python_path()}
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
-        with (
-            subprocess.Popen(command, cwd=root, env=settings, **streams) as process,
-            Path(f"{out}.log").open("w", encoding="utf-8") as log,
-        ):
-            running.append(process)
-            if stopped.is_set():
-                process.terminate()
-            for line in process.stdout:
-                print(line, end="", file=log, flush=True)
-                said.append(line.rstrip("\n"))
-                if re.search(r" \d+ s$", said[-1]):
-                    print(f"{name}: {said[-1]}", flush=True)
-        return name, out, folder, process.returncode, said
+    def publish(job: jobs.Job) -> None:
+        out, folder, _ = places[job]
+        if (out / "results").is_dir():
+            shutil.copytree(out / "results", staging / "results", dirs_exist_ok=True)
+        shutil.copytree(out, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("results"))
+
+    def keep(job: jobs.Job) -> None:
+        if kept := places[job][2]:
+            reuse.keep(kept, places[job][0])
+        publish(job)
 
     try:
-        for done in as_completed([pool.submit(run, name, *job) for name, job in _jobs(root, staging).items()]):
-            name, out, folder, code, said = done.result()
-            for line in said[: -4 if code else None]:
-                if line.startswith("kncore: "):
-                    warn(line.removeprefix("kncore: "))
-            if code:
-                raise RunError("\n".join([f"{name}:", *said[-4:]]))
-            shutil.copytree(out / "results", staging / "results", dirs_exist_ok=True)
-            shutil.copytree(out, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("results"))
+        found = [job for job, (out, _, kept) in places.items() if kept and reuse.restore(kept, out)]
+        for job in found:
+            publish(job)
+            print(f"{job.name}: kept from an earlier book", flush=True)
+        left = [job for job in places if job not in found]
+        if left:
+            jobs.run_all(root, left, os.cpu_count() or 1, scratch, keep)
     finally:
-        stopped.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        _end(running)
-        pool.shutdown()
         for log in scratch.glob("*.log"):
             os.replace(log, root / "_build" / log.name)
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _end(processes: Iterable[subprocess.Popen]) -> None:
-    """End processes, which may end what they started; those that take too long for that are killed."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(bound.GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def stage(root: Path, *, with_runs: bool = True, folder: Path | None = None) -> Path:

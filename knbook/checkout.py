@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -16,6 +19,8 @@ from knpaper import stored
 
 # The models beside the notebooks' own that `book` runs.
 COMPANION_MODELS = ("controlled-gpt2", "controlled-llama", "controlled-bert", "minilm-mlm")
+# What a run notes beside its records.
+NOTED = {"seconds": int, "threads": str, "date": str, "kncore": str, "torch": str, "transformers": str}
 Scalar = str | int | float | bool | None
 
 
@@ -93,6 +98,27 @@ def timing_path(records: Path, chapter: Chapter, model: str | None = None) -> Pa
     if not is_comparison(chapter):
         records /= slug(str(model or chapter.defaults.get("model", "default")))
     return records / f"{chapter.number}.toml"
+
+
+def timing(path: Path) -> dict[str, Any]:
+    """Return what a run noted beside its records, {} where there is no such file.
+
+    Raises ValueError for a file that a run has not left: it is no TOML, or a value is not of its kind.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name in {*found, "seconds", "threads", "date"} & NOTED.keys():
+            if type(found.get(name)) is not NOTED[name]:
+                raise ValueError(f"its {name} is {found.get(name)!r:.80}, expected {NOTED[name].__name__}")
+        if not 0 <= found["seconds"] < 2**31:
+            raise ValueError(f"its seconds are {found['seconds']}")
+        date.fromisoformat(found["date"])
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not what a run notes ({why}); run its chapter anew, or delete it") from error
+    return found
 
 
 def check_folder(folder: Path, make: bool = False) -> None:

@@ -87,6 +87,7 @@ def run(
     parameters: Annotated[list[str] | None, Option("-p", metavar="NAME=VALUE", help=VALUE)] = None,
     out: Annotated[Path | None, Option(parser=path, help="folder for the notebooks and, below it, results/")] = None,
     timeout: Timeout = 3600,
+    jobs: Annotated[int, Option(parser=number, help="how many run side by side, the longest first")] = 1,
     debug: Debug = False,
 ) -> None:
     """Run notebooks; each is stored only when it succeeded."""
@@ -100,6 +101,7 @@ def run(
         parameters=parse_parameters(parameters or []),
         out=out and out.resolve(),
         timeout=timeout,
+        at_once=jobs,
     )
     for notebook in stored:
         _say(notebook)

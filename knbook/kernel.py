@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from kncore.store.disk import full, warn, write
 from knpaper import stored
 
 EPOCH = "1714694400"  # the day the paper appeared; figures and pages carry it instead of the time of the run
+CELLS = "KNCORE_CELLS"  # where it is set, a line is printed for each cell that ran, see `knbook.jobs`
 START = 600  # seconds in which a kernel must answer, on a busy machine, too
 
 
@@ -41,7 +42,8 @@ def execute(notebook: Path, parameters: Mapping[str, Scalar], scratch: Path, tim
     for name in ("papermill", "asyncio"):  # asyncio has words of its own for a kernel that ends with this process
         logging.getLogger(name).setLevel(logging.CRITICAL)
     terminal = sys.stderr.isatty()
-    print(f"{notebook.stem} ...", end="\n" if terminal else " ", flush=True)
+    hooks = _hooks(source, parameters) if os.environ.get(CELLS) else {}
+    print(f"{notebook.stem} ...", end="\n" if terminal or hooks else " ", flush=True)
     start = time.monotonic()  # papermill's own duration follows the clock of the day, which may be set
     try:
         if find_spec("ipykernel_launcher") is None:
@@ -58,6 +60,7 @@ def execute(notebook: Path, parameters: Mapping[str, Scalar], scratch: Path, tim
             start_timeout=START,
             execution_timeout=timeout,
             extra_arguments=["--log-level=CRITICAL"],
+            **hooks,
         )
     except Exception as error:
         print("failed", flush=True)
@@ -90,6 +93,16 @@ def _manager(scratch: Path, environment: Mapping[str, str]) -> type:
         kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python", env=settings)
 
     return Manager
+
+
+def _hooks(notebook: Path, parameters: Mapping[str, Scalar]) -> dict[str, Callable[..., None]]:
+    """Return what papermill is to do after each cell: print its number, as `RunError` counts, of how many."""
+    total = len(stored.read(notebook).cells) + bool(parameters)  # which papermill puts into a cell of their own
+
+    def executed(cell_index: int, **_: object) -> None:
+        print(f"{notebook.stem}: cell {cell_index + 1} of {total}", flush=True)
+
+    return {"on_cell_executed": executed}
 
 
 def _reason(error: Exception, notebook: Path, timeout: int) -> str:

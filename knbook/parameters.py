@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from knbook.checkout import Chapter, Scalar
 from knbook.errors import UsageError
-from kncore import attribution, models
+from kncore import models, quadrature
 from knpaper import cases
 
 WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
@@ -92,7 +92,7 @@ def _expected(name: str, value: Scalar) -> str:
     if name == "corpus":
         return "" if not value or models.local(value) else "nothing, or a folder that exists, with .txt files"
     if name == "quadrature":
-        return _refusal("a quadrature", attribution.rule, value, 2)
+        return _refusal("a quadrature", quadrature.rule, value, 2)
     if name == "sweep":
         return "" if re.fullmatch(r"\d{1,4}(,\d{1,4})*", value) else "whole numbers with commas between, e.g. 0,1,3"
     if name in KNOWN:

@@ -13,11 +13,9 @@ import json
 import os
 import re
 import subprocess
-import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,7 +25,7 @@ import pandas as pd
 import yaml
 from pybtex.database import BibliographyData, Entry, Person, parse_file
 
-from knbook.checkout import is_checkout, is_comparison, slug, timing_path
+from knbook.checkout import is_checkout, is_comparison, slug, timing, timing_path
 from knbook.pages import Book
 from kncore.store.disk import write
 from knpaper import claims, stored
@@ -35,7 +33,6 @@ from knpaper.records import package_version
 from knpaper.resources import DATA
 
 UNKNOWN = "not recorded"
-NOTED = {"seconds": int, "threads": str, "date": str, "kncore": str, "torch": str, "transformers": str}
 SOURCES = {"own": "written for this book", "corpus": "the corpus of this book, whose every count is known"}
 COLAB = "https://colab.research.google.com/github"
 BRANCH = "colab"  # where the workflow `pages` puts what `install_cell` was added to
@@ -178,7 +175,7 @@ def origin(book: Book, info: BookInfo, page: str) -> dict[str, Any]:
     name = notebook.parent.name if notebook.parts[0] != "notebooks" else ""
     model = name or ("" if is_comparison(chapter) else slug(str(chapter.defaults.get("model", ""))))
     here = [r for r in book.records.values() if _chapter(r) == chapter.number and model in ("", slug(r["model"]))]
-    ran = note(timing_path(book.root / "results", chapter, name or None))
+    ran = timing(timing_path(book.root / "results", chapter, name or None))
 
     # A chapter without claims has no record; those of its model say what the model was.
     alike = here or [r for r in book.records.values() if slug(r["model"]) == model]
@@ -213,31 +210,10 @@ def origin(book: Book, info: BookInfo, page: str) -> dict[str, Any]:
     }
 
 
-def note(path: Path) -> dict[str, Any]:
-    """Return what a run noted beside its records, {} where there is no such file.
-
-    Raises ValueError for a file that a run has not left: it is no TOML, or a value is not of its kind.
-    """
-    if not path.exists():
-        return {}
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-        for name in {*found, "seconds", "threads", "date"} & NOTED.keys():
-            if type(found.get(name)) is not NOTED[name]:
-                raise ValueError(f"its {name} is {found.get(name)!r:.80}, expected {NOTED[name].__name__}")
-        if not 0 <= found["seconds"] < 2**31:
-            raise ValueError(f"its seconds are {found['seconds']}")
-        date.fromisoformat(found["date"])
-    except (OSError, ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not what a run notes ({why}); run its chapter anew, or delete it") from error
-    return found
-
-
 def check_notes(results: Path) -> None:
     """Raise ValueError for the first note of a run below a folder of records that is none."""
     for path in sorted([*results.glob("[0-9][0-9].toml"), *results.glob("*/[0-9][0-9].toml")]):
-        note(path)
+        timing(path)
 
 
 def bibtex(info: BookInfo, page: str, title: str) -> str:

@@ -11,18 +11,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 
-from knbook import kernel, runs
+from knbook import jobs, kernel, runs
 from knbook.checkout import Chapter, Scalar, chapters, check_folder, is_comparison, slug, timing_path
 from knbook.errors import RunError, UsageError, refused
 from knbook.parameters import check_parameters
-from kncore import models
+from kncore import models, products
 from kncore.store.disk import full
+from kncore.store.fingerprint import versions
 from knpaper import stored
-from knpaper.records import package_version
 
 TIMEOUT = 3600
 ROOM = 2**20  # bytes
@@ -48,8 +49,11 @@ def run(
     parameters: Mapping[str, Scalar] | None = None,
     out: Path | None = None,
     timeout: int = TIMEOUT,
+    at_once: int = 1,
 ) -> list[Path]:
     """Run chapters and store each that succeeds, with its records or not at all; return the notebooks' paths.
+
+    One after the other, or `at_once` side by side, each in a process of its own (see `knbook.jobs`).
 
     Where they go: with the default parameters notebooks/ and results/, which are tracked; for another model
     book/runs/<model>/ and results/; with other parameters _build/runs/<model>/, and with `out` there, with a results/
@@ -72,11 +76,29 @@ def run(
     given, names = _absolute(given)
     with refused():
         models.resolve_device()
+        products.asked()
     check_folder(root / "_build")
     if out is not None:
         check_folder(out, make=True)
-    jobs = [_plan(root, chapter, given, names, out) for chapter in selected]
-    return [_run(root, job, names, timeout) for job in jobs]
+    planned = [_plan(root, chapter, given, names, out) for chapter in selected]
+    if at_once == 1 or len(planned) == 1:
+        return [_run(root, job, names, timeout) for job in planned]
+    options = [f"-p{name}={_typed(value)}" for name, value in given.items()]
+    options += ["--timeout", str(timeout), *(["--out", str(out)] if out else [])]
+    own = str(given["model"]) if "model" in given else None
+    with refused():
+        queue = [jobs.job(root, chapter, options, names.get(own, own)) for chapter in selected]
+    (root / "_build").mkdir(exist_ok=True)
+    jobs.run_all(root, queue, at_once, root / "_build")
+    return [job.notebook for job in planned]
+
+
+def _typed(value: Scalar) -> str:
+    """Return a parameter as it is typed: text in quotes where it can be, for it may look like a number."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    quote = "" if "\\" in value else next((quote for quote in "\"'" if quote not in value), "")
+    return f"{quote}{value}{quote}"
 
 
 def _renamed(chapter: Chapter, given: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -204,7 +226,7 @@ def _timing(path: Path, executed: nbformat.NotebookNode, notebook: Path, text: s
         "date": datetime.now(UTC).date().isoformat(),
         "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1),
     }
-    notes |= {name: package_version(name) for name in ("kncore", "torch", "transformers")}
+    notes |= {"kncore": version("kncore")} | versions()
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in notes.items()).encode()
 
 

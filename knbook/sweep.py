@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from knbook import prompts, shards
 from knbook.checkout import check_folder
 from knbook.errors import RunError, UsageError, refused
-from kncore import attribution, checks, covariance, editors, models, neurons, prose, resources, rome
+from kncore import attribution, checks, covariance, editors, models, neurons, prose, quadrature, resources, rome
 from kncore.models import LM
 from kncore.query import MASK, Query
 from kncore.store import fingerprint
@@ -111,7 +111,7 @@ def check_settings(kind: str, settings: dict) -> None:
             raise checks.unknown("editor", settings["editor"], editors.EDITORS)
         if isinstance(rule := settings.get("quadrature", "gauss"), str):
             steps = settings.get("steps")
-            attribution.rule(rule, 20 if steps is None else steps)
+            quadrature.rule(rule, 20 if steps is None else steps)
 
 
 def _common(lm: LM, kind: str, settings: dict) -> dict:

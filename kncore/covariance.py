@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -101,21 +102,38 @@ def _moment(lm: LM, block: int, ids: Sequence[Sequence[int]]) -> Float[Tensor, "
     return total / count
 
 
-def solve(moment: Moment, keys: Float[Tensor, "key neuron"]) -> Float[Tensor, "key neuron"]:
-    """Return C⁻¹k of each key, in float64; the keys themselves where there is no moment.
+class Factor(NamedTuple):
+    """A moment that was factored, to be solved for many keys: the `size` of each neuron, and the Cholesky factor of the
+    moment in units of these."""
 
-    Raises ValueError for a moment that is singular, or nearly, that is not finite, or of another width than the keys.
-    """
-    if moment is None:
-        return keys.double()
-    n, shape = keys.shape[1], tuple(moment.shape)
+    size: Float[Tensor, " neuron"]
+    cholesky: Float[Tensor, "neuron neuron"]
+
+
+def factor(moment: Float[Tensor, "neuron neuron"]) -> Factor:
+    """Return a moment factored. Raises ValueError for one that is singular, or nearly, not finite, or not square."""
+    n, shape = len(moment), tuple(moment.shape)
     if shape != (n, n):
-        raise ValueError(f"a covariance of shape {shape} for keys of {n} neurons; give the block's own")
+        raise ValueError(f"a covariance of shape {shape} is not square; give the block's own")
     if not bool(moment.isfinite().all()):
         raise ValueError(f"the covariance of {n} neurons holds values that are not finite; compute it anew")
     # Each neuron in units of its own size, so that what is left of it beside the others is a share of its variance.
     size = moment.double().diagonal().clamp_min(0).sqrt()
-    factor, info = torch.linalg.cholesky_ex(moment.double() / (size[:, None] * size))
-    if bool(info) or not bool((factor.diagonal() ** 2 > SINGULAR.get(moment.dtype, SINGULAR_ROUNDED)).all()):
+    cholesky, info = torch.linalg.cholesky_ex(moment.double() / (size[:, None] * size))
+    if bool(info) or not bool((cholesky.diagonal() ** 2 > SINGULAR.get(moment.dtype, SINGULAR_ROUNDED)).all()):
         raise ValueError(f"the covariance of {n} neurons is singular: too little text; give more, or take 'identity'")
-    return torch.cholesky_solve((keys.double() / size).T, factor).T / size
+    return Factor(size, cholesky)
+
+
+def solve(moment: Moment | Factor, keys: Float[Tensor, "key neuron"]) -> Float[Tensor, "key neuron"]:
+    """Return C⁻¹k of each key, in float64; the keys themselves where there is no moment.
+
+    Raises ValueError for a moment of another width than the keys, and for what `factor` refuses.
+    """
+    if moment is None:
+        return keys.double()
+    n, shape = keys.shape[1], tuple((moment.cholesky if isinstance(moment, Factor) else moment).shape)
+    if shape != (n, n):
+        raise ValueError(f"a covariance of shape {shape} for keys of {n} neurons; give the block's own")
+    size, cholesky = moment if isinstance(moment, Factor) else factor(moment)
+    return torch.cholesky_solve((keys.double() / size).T, cholesky).T / size

@@ -6,13 +6,14 @@ gives an `Edit` for each request: deltas for `edited`, or a text to put before p
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from kncore import attribution, checks, editing, finetune, interventions, memit, neurons, rome, tokens
-from kncore.covariance import Moment, covariance
+from kncore.covariance import Moment, covariance, factor
 from kncore.interventions import Delta
 from kncore.models import LM
 from kncore.query import MASK, Query
@@ -74,6 +75,8 @@ def write_searches(
 
     An edit says why it failed where the search failed or nothing can be stored: see `rome.delta`.
     """
+    with contextlib.suppress(ValueError):  # where it cannot be factored, each edit says why
+        moment = moment if moment is None else factor(moment)
     return [_attempt(rome.delta, found, moment, block, key) for found in searches]
 
 
@@ -86,13 +89,15 @@ def _attempt(make: Callable[..., Delta | list[Delta]], *arguments) -> Edit:
 
 
 def rome_published(lm: LM, requests: Iterable[Query], progress: bool = False) -> list[Edit]:
-    """Return the edits of ROME with the mix of two keys of the published code (see `rome.delta`)."""
+    """Return the edits of ROME with the mix of two keys of the published code (see `rome.delta`). The search is that of
+    "rome", shared with it, so that they differ in the key alone; `rome_edits` runs the published one if it is set."""
     return rome_edits(lm, requests, replace(rome.hparams_for(lm), key="published"), progress)
 
 
 def rome_identity(lm: LM, requests: Iterable[Query], progress: bool = False) -> list[Edit]:
     """Return the edits of ROME as the published code of Niu et al. ran it: C = 1, and the mix of two keys, for it took
-    over the published implementation. "rome-published" differs in the covariance alone, "rome" in the key as well."""
+    over the published implementation. "rome-published" differs in the covariance alone, "rome" in the key as well; they
+    share the search."""
     return rome_edits(lm, requests, replace(rome.hparams_for(lm), covariance="identity", key="published"), progress)
 
 

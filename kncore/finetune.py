@@ -69,10 +69,10 @@ def _finetune(lm: LM, encoded: Sequence[tokens.Encoded], same: Sequence[str], se
     def add(module, args, out):
         return out + args[0] @ change.to(out.dtype)
 
-    def evaluate(active: Int[Tensor, " active"], step: int) -> tuple[Float[Tensor, " active"], ...]:
+    def evaluate(active: Int[Tensor, " active"], *_) -> tuple[Float[Tensor, " active"], ...]:
         with arch.projection(lm.model, lm.spec, settings.block).register_forward_hook(add):
             out = states(captured, [enter])
-        losses, says = editing.likelihood(lm, out, answers)
+        losses, says = editing.likelihood(lm, out, answers, rows)
         return losses[active], losses[active], says[active]
 
     def bound(active: Int[Tensor, " active"]) -> Bool[Tensor, " active"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -14,8 +16,10 @@ from kncore.models import LM
 from kncore.query import Query
 from kncore.replay import capture, expect_numbers
 from kncore.store import state
+from kncore.store.results import Result, stored
 
 BATCH = 32  # prompts that are run together; of texts half as many
+STORED = 256  # prompts between two writes to the store
 
 
 @state.computes(grad=False)
@@ -25,13 +29,12 @@ def log_probabilities(lm: LM, queries: Sequence[Query]) -> Float[Tensor, "query 
     Raises ValueError where there are no queries, one cannot be asked, or a log-probability is not a finite number.
     """
     queries = checks.items(queries, Query, "queries", 1)
-    rows = dict(_rows(lm, queries))
+    rows = dict(_rows(lm, [tokens.encode(lm, query) for query in queries]))
     return torch.stack([rows[i] for i in range(len(queries))])
 
 
-def _rows(lm: LM, queries: Sequence[Query]) -> Iterator[tuple[int, Float[Tensor, " vocab"]]]:
-    """Yield the index and the log-probabilities of each query, the shortest first."""
-    encoded = [tokens.encode(lm, query) for query in queries]
+def _rows(lm: LM, encoded: Sequence[tokens.Encoded]) -> Iterator[tuple[int, Float[Tensor, " vocab"]]]:
+    """Yield the index and the log-probabilities of each prompt, the shortest first."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     for i in range(0, len(order), BATCH):
         part = order[i : i + BATCH]
@@ -40,41 +43,74 @@ def _rows(lm: LM, queries: Sequence[Query]) -> Iterator[tuple[int, Float[Tensor,
 
 
 @state.computes(grad=False)
-def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = ()) -> pd.DataFrame:
+def predict(lm: LM, queries: Sequence[Query], candidates: Sequence[str] = (), store: bool = True) -> pd.DataFrame:
     """Return, per query, `probability` and `rank` of the target's first token, and whether it is preferred (`prefers`).
 
     It is preferred if it is more probable than the foil and than every candidate with another first token; `margin` is
     the difference of log-probability to the best of those. Without foil and candidates: if it is the model's
     prediction. A foil that starts with the target's first token cannot be told from it: margin 0, no preference.
-    Candidates are tokenised as targets of each prompt, once for all that end alike. Raises ValueError where there are
-    no queries, one cannot be asked, a candidate is no word, or a probability is not a finite number.
+    Candidates are tokenised as targets of each prompt, once for all that end alike. `store` as in `attribute`. Raises
+    ValueError where there are no queries, one cannot be asked, a candidate is no word, or a probability is not a finite
+    number.
     """
     queries = checks.items(queries, Query, "queries", 1)
     candidates = [tokens.expect_word(word, "candidate") for word in checks.items(candidates, str, "candidates")]
-    known: dict[tuple, list[int]] = {}
-    rows: list[dict] = [{}] * len(queries)
-    for i, row in _rows(lm, queries):
-        query = queries[i]
-        target = tokens.encode(lm, query).target[0]
+    questions = _questions(lm, queries, candidates)
+    todo = sorted(set(questions), key=lambda question: len(question.prompt.ids))
+    settings = [{"predict": [asdict(question.prompt), question.rivals]} for question in todo]
+
+    def compute(part: list[int]) -> list[Result]:
+        return _answers(lm, [todo[i] for i in part])
+
+    found = stored(lm, (_answers,), settings, compute, batch=STORED, store=store)
+    answers = {question: answer["numbers"].tolist() for question, answer in zip(todo, found, strict=True)}
+    rows = []
+    for query, question in zip(queries, questions, strict=True):
+        probability, rank, margin = answers[question]
+        rows.append(
+            {
+                **{name: getattr(query, name) for name in ("task", "item", "value", "template")},
+                "probability": probability,
+                "rank": int(rank),
+                "margin": margin,
+                "prefers": rank == 0 if question.rivals is None else margin > 0,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+class _Question(NamedTuple):
+    """A prompt with the first token of its target, and the tokens that compete with it; None for all tokens."""
+
+    prompt: tokens.Encoded
+    rivals: tuple[int, ...] | None
+
+
+def _questions(lm: LM, queries: Sequence[Query], candidates: Sequence[str]) -> list[_Question]:
+    known: dict[tuple, set[int]] = {}
+    questions = []
+    for query in queries:
+        encoded = tokens.encode(lm, query)
         rivals = {tokens.encode(lm, query, query.foil).target[0]} if query.foil else set()
         if candidates:
             ending = tokens.ending(query)
             if ending not in known:
-                known[ending] = [tokens.encode(lm, query, word).target[0] for word in candidates]
-            rivals |= set(known[ending])
-        closed = bool(rivals)
-        rivals -= {target}
-        rank = int((row > row[target]).sum())
-        best = row[sorted(rivals)].max() if rivals else row[target] if closed else row.max()
-        margin = float(row[target] - best)
-        rows[i] = {
-            **{name: getattr(query, name) for name in ("task", "item", "value", "template")},
-            "probability": float(row[target].exp()),
-            "rank": rank,
-            "margin": margin,
-            "prefers": margin > 0 if closed else rank == 0,
-        }
-    return pd.DataFrame(rows)
+                known[ending] = {tokens.encode(lm, query, word).target[0] for word in candidates}
+            rivals |= known[ending]
+        others = tuple(sorted(rivals - {encoded.target[0]})) if rivals else None
+        questions.append(_Question(replace(encoded, target=encoded.target[:1]), others))
+    return questions
+
+
+def _answers(lm: LM, questions: Sequence[_Question]) -> list[Result]:
+    """Return the probability, the rank and the margin of each target as `numbers`."""
+    answers: list[Result] = [{}] * len(questions)
+    for i, row in _rows(lm, [question.prompt for question in questions]):
+        target, rivals = questions[i].prompt.target[0], questions[i].rivals
+        best = row.max() if rivals is None else row[list(rivals)].max() if rivals else row[target]
+        numbers = [float(row[target].exp()), int((row > row[target]).sum()), float(row[target] - best)]
+        answers[i] = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+    return answers
 
 
 @state.computes(grad=False)

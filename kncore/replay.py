@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,8 +28,9 @@ class Capture:
 
     `inputs[l]` is what enters block l at the positions that rows carry, from `start` on; `sites[name][l]` the state of
     a site at the target position, or where `at` said; `target` the target position, counted from `start`; `keys`,
-    `values` those of the tokens before `start`; `mask` the additive attention mask of a row over (prefix, row), one per
-    sliding window; `rotary` the rotary embeddings at the row's positions.
+    `values` those of all tokens, of which rows attend to the first `prefix`, those before `start`; `mask` the additive
+    attention mask of a row over (prefix, row), one per sliding window; `rotary` the rotary embeddings at the row's
+    positions.
     """
 
     lm: LM
@@ -38,15 +39,15 @@ class Capture:
     logits: Float[Tensor, "query vocab"]
     start: Int[Tensor, " query"]
     target: Int[Tensor, " query"]
-    keys: list[Float[Tensor, "query head prefix width"]]
-    values: list[Float[Tensor, "query head prefix width"]]
+    prefix: int
+    keys: list[Float[Tensor, "query head token width"]]
+    values: list[Float[Tensor, "query head token width"]]
     mask: dict[int | None, Float[Tensor, "query 1 row key"] | None]
     rotary: tuple[Float[Tensor, "query row width"], Float[Tensor, "query row width"]] | None
 
     def parts(self, rows: Sequence, budget: int) -> Iterator[Sequence]:
         """Yield rows in parts that fit a budget of positions: each row's own, and a sixteenth of its prefix."""
-        prefix = self.keys[0].shape[2] if self.keys else 0
-        room = max(1, budget // (self.inputs[0].shape[1] + prefix // 16))
+        room = max(1, budget // (self.inputs[0].shape[1] + self.prefix // 16))
         for i in range(0, len(rows), room):
             yield rows[i : i + room]
 
@@ -150,8 +151,9 @@ def capture(
         logits,
         first,
         target - first,
-        [layer.keys[:, :, :prefix] for layer in layers],
-        [layer.values[:, :, :prefix] for layer in layers],
+        prefix,
+        [layer.keys for layer in layers],
+        [layer.values for layer in layers],
         {w: _mask(lm, first, lengths, prefix, width, w) for w in {_window(block) for block in lm.blocks}},
         rotary[0] and tuple(r.to(lm.device).expand(len(batch), -1, -1)[carried] for r in rotary[0]),
     )
@@ -203,6 +205,27 @@ def replay(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row v
     return captured.lm.readout(rows[torch.arange(len(rows), device=rows.device), target]).float()
 
 
+def later(captured: Capture, start: int) -> Capture:
+    """Return a capture whose rows begin at a later token, the same for all prompts; of a masked model, as it is.
+
+    Raises ValueError where the prompts' rows begin at different tokens, or behind `start` or the target.
+    """
+    if captured.lm.spec.masked:
+        return captured
+    by = start - captured.start.min().item()
+    if not bool((captured.start == captured.start[0]).all()) or not 0 <= by <= int(captured.target.min()):
+        raise ValueError(f"rows that begin at {captured.start.tolist()} cannot all begin at {start}")
+    return replace(
+        captured,
+        inputs=[x[:, by:] for x in captured.inputs],
+        start=captured.start + by,
+        target=captured.target - by,
+        prefix=captured.prefix + by,
+        mask={window: None if mask is None else mask[:, :, by:] for window, mask in captured.mask.items()},
+        rotary=captured.rotary and tuple(x[:, by:] for x in captured.rotary),
+    )
+
+
 @state.computes()
 def states(captured: Capture, changes: Sequence[Change]) -> Float[Tensor, "row token hidden"]:
     """Return, as `replay`, what leaves the last block, at every position that rows carry from `captured.start` on."""
@@ -243,11 +266,12 @@ class _Prefix:
         self.captured, self.prompts = captured, prompts
 
     def update(self, key, value, layer_idx, *args, **kwargs):
-        before = (x[layer_idx][self.prompts.to(key.device)] for x in (self.captured.keys, self.captured.values))
-        return tuple(torch.cat([old, new], 2) for old, new in zip(before, (key, value), strict=True))
+        known = (x[layer_idx][:, :, : self.captured.prefix] for x in (self.captured.keys, self.captured.values))
+        rows = self.prompts.to(key.device)
+        return tuple(torch.cat([old[rows], new], 2) for old, new in zip(known, (key, value), strict=True))
 
     def get_seq_length(self, *args):
-        return self.captured.keys[0].shape[2]
+        return self.captured.prefix
 
 
 def _mask(lm: LM, first, lengths, prefix: int, width: int, window: int | None) -> Tensor | None:

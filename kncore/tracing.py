@@ -23,7 +23,7 @@ from torch import Tensor
 from kncore import arch, checks, tokens
 from kncore.models import LM
 from kncore.query import Query
-from kncore.replay import Capture, Change, capture, expect_numbers, record, replay
+from kncore.replay import Capture, Change, capture, expect_numbers, later, record, replay
 from kncore.store import state
 from kncore.store.results import Result, stored
 
@@ -206,11 +206,9 @@ def _trace(lm: LM, prompt: _Prompt, plan: _Plan) -> Result:
         if plan.where == "ends":
             positions = sorted({span[1], encoded.position})
             restored[:, first:] = torch.nan
-        captured = None
+        captured = capture(lm, corrupted, sites=(), start=[positions[0]] * len(corrupted))
         for position in positions:
-            if captured is None or not lm.spec.masked:  # rows of a masked model carry the whole sequence each time
-                captured = capture(lm, corrupted, sites=(), start=[position] * len(corrupted))
-            restored[:, position] = _cells(captured, plan, position, clean, states, ends)
+            restored[:, position] = _cells(later(captured, position), plan, position, clean, states, ends)
             expect_numbers(lm, restored[:, position].reshape(1, -1), [encoded.ids], "predictions")
     return {"clean": _read(clean_logits, ends)[0].cpu(), "corrupted": base.cpu(), "restored": restored.cpu()}
 

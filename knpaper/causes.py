@@ -149,7 +149,8 @@ def _losses(lm: LM, pairs: Sequence[corpus.Pair], seed: int) -> pd.DataFrame:
     table = ablation.measure(held, ablations).set_index("prompt").sort_index()
     unigrams = corpus.counts().unigrams
     others = [unigrams.get(pair.form.lower(), 0) - pair.count for pair in pairs]
-    return table.join(pd.DataFrame(pairs), rsuffix="_of").assign(other=np.log2(1 + np.array(others)))
+    both = table.merge(pd.DataFrame(pairs), left_index=True, right_index=True, suffixes=("", "_of"))
+    return both.assign(other=np.log2(1 + np.array(others)))
 
 
 def count_slopes(table: pd.DataFrame, outcome: str = "loss_margin") -> dict[str, Estimate]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 
+from kncore import products
 from kncore.models import LM
 from kncore.store import disk
 from knpaper import resources
@@ -75,6 +76,7 @@ def record(
         "revision": lm.revision,
         "family": lm.spec.family,
         "dtype": str(lm.dtype).removeprefix("torch."),
+        **products.noted(lm),
         "source": source,
         "seed": seed,
         "parameters": parameters,

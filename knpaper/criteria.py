@@ -7,6 +7,7 @@ questions under different edits share batches, each row run with its own edit.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -19,7 +20,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from kncore import checks, tokens
 from kncore.checks import unknown
@@ -29,12 +29,14 @@ from kncore.interventions import Delta, edited, edited_rows
 from kncore.models import LM
 from kncore.query import Query
 from kncore.store import state
+from kncore.store.results import Result, stored
 from kncore.tokens import Encoded
 from knpaper import stats
 from knpaper.cases import Case
 
 CONTROLS = ("locality", "symmetry_old", "largest_city")  # criteria that ask whether an answer stays
 FORMS = ("says", "margin", "rank")
+STORED = 256  # prompts between two writes to the store
 LOW_RANK = 16  # up to here edits share a batch, row by row; the weights of an edit above are exchanged once
 
 Key = tuple[int, Encoded]  # an edit by its number, counted from 1 (0: none), and a word after its prompt
@@ -52,7 +54,7 @@ class _Read(NamedTuple):
 
 @state.computes(grad=False)
 def measure(
-    lm: LM, cases: Sequence[Case], edits: Sequence[Edit], budget: int = 512, progress: bool = False
+    lm: LM, cases: Sequence[Case], edits: Sequence[Edit], budget: int = 512, store: bool = True, progress: bool = False
 ) -> pd.DataFrame:
     """Return one row per case, criterion and query: `case` (its place), `item` of the request, `criterion`, `prompt`,
     `target`, `foil`, `failed` (why there is nothing after the edit, or ""), and, `_before` and `_after` the edit:
@@ -66,8 +68,9 @@ def measure(
     of tokens has its own masks. An edit's `context` is put before the prompt as it is. Where an edit failed, or leaves
     probabilities that are not numbers, all that is after it is missing (nan, <NA>).
 
-    `budget`: how many positions are run at once. Raises ValueError for another number of edits than of cases, a query
-    that the model cannot be asked, and a model whose probabilities are not numbers before any edit.
+    `budget`: how many positions are run at once; `store` as in `kncore.attribute`. Raises ValueError for another number
+    of edits than of cases, a query that the model cannot be asked, and a model whose probabilities are not numbers
+    before any edit.
     """
     if len(cases) != len(edits):
         raise ValueError(f"{len(cases)} cases but {len(edits)} edits; give one edit per case")
@@ -89,7 +92,7 @@ def measure(
                 after = [] if edit.failed else [(number, word) for word in words(query, edit.context)]
                 entries.append((i, criterion, query, before, after))
     keys = dict.fromkeys(key for *_, before, after in entries for key in before + after)
-    read = _read(lm, keys, deltas, budget, progress)
+    read = _read(lm, keys, deltas, budget, store, progress)
 
     rows = []
     for i, criterion, query, *keys in entries:
@@ -118,23 +121,45 @@ def _columns(found: Sequence[_Read]) -> tuple:
 
 
 def _read(
-    lm: LM, keys: Collection[Key], deltas: Mapping[int, Sequence[Delta]], budget: int, progress: bool
+    lm: LM, keys: Collection[Key], deltas: Mapping[int, Sequence[Delta]], budget: int, store: bool, progress: bool
 ) -> dict[Key, _Read | None]:
-    """Return what the model gives each word; None where that is not a number."""
+    """Return what the model gives each word, from the store if there; None where that is not a number."""
     rows: dict[Row, list[Encoded]] = {}
     for number, word in keys:
         rows.setdefault((number, word.ids), []).append(word)
-    high = sorted(number for number, some in deltas.items() if sum(len(delta.neurons) for delta in some) > LOW_RANK)
-    found: dict[Key, _Read | None] = {}
-    with tqdm(total=len(rows), desc="ask", unit="prompt", leave=False, disable=not progress) as bar:
-        for whole in (0, *high):  # 0: all edits that go row by row
-            mine = [row for row in rows if (row[0] if row[0] in high else 0) == whole]
-            with edited(lm, *deltas[whole]) if whole else contextlib.nullcontext():
-                for part in _batches(sorted(mine, key=lambda row: len(row[1])), budget):
-                    each = [() if whole else deltas[number] for number, _ in part]
-                    found |= _run(lm, {row: rows[row] for row in part}, each)
-                    bar.update(len(part))
-    return found
+    high = {number for number, some in deltas.items() if sum(len(delta.neurons) for delta in some) > LOW_RANK}
+    todo = sorted(rows, key=lambda row: (row[0] if row[0] in high else 0, len(row[1])))
+    names = {number: [_named(delta) for delta in some] for number, some in deltas.items()}
+    settings = [
+        {"edit": names[row[0]], "ids": row[1], "words": [[word.position, word.target] for word in rows[row]]}
+        for row in todo
+    ]
+
+    def compute(part: list[int]) -> list[Result]:
+        found: dict[Key, _Read] = {}
+        for whole, some in itertools.groupby((todo[i] for i in part), lambda row: row[0] if row[0] in high else 0):
+            with edited(lm, *deltas[whole]) if whole else contextlib.nullcontext():  # 0: edits that go row by row
+                for batch in _batches(list(some), budget):
+                    each = [() if whole else deltas[number] for number, _ in batch]
+                    found |= _run(lm, {row: rows[row] for row in batch}, each)
+        words = [[found[todo[i][0], word] for word in rows[todo[i]]] for i in part]
+        return [{"words": torch.tensor(some, dtype=torch.float64)} for some in words]
+
+    results = stored(
+        lm, (_run, edited), settings, compute, batch=STORED, store=store, progress="ask" if progress else ""
+    )
+    read: dict[Key, _Read | None] = {}
+    for row, result in zip(todo, results, strict=True):
+        for word, (logp, says, *whole) in zip(rows[row], result["words"].tolist(), strict=True):
+            read[row[0], word] = None if math.isnan(logp) else _Read(logp, bool(says), *map(int, whole))
+    return read
+
+
+def _named(delta: Delta) -> list:
+    """Return the block of a delta and the hash of its numbers."""
+    numbers = (x.detach().cpu().contiguous() for x in (delta.neurons, delta.hidden))
+    shown = [(str(x.dtype), list(x.shape), hashlib.sha256(x.view(torch.uint8).numpy()).hexdigest()) for x in numbers]
+    return [delta.block, *shown]
 
 
 def _batches(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
@@ -150,8 +175,11 @@ def _batches(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
 
 
 @torch.no_grad()
-def _run(lm: LM, rows: Mapping[Row, Sequence[Encoded]], deltas: Sequence[Sequence[Delta]]) -> dict[Key, _Read | None]:
-    """Return one batch: every prompt once, and the head only at the places that predict a token of a word."""
+def _run(lm: LM, rows: Mapping[Row, Sequence[Encoded]], deltas: Sequence[Sequence[Delta]]) -> dict[Key, _Read]:
+    """Return one batch: every prompt once, and the head only at the places that predict a token of a word.
+
+    `logp` is nan where a probability is not a number.
+    """
     entries = [(r, number, word) for r, ((number, _), words) in enumerate(rows.items()) for word in words]
     states, at = (_masks if lm.spec.masked else _tails)(lm, [(r, word) for r, _, word in entries], list(rows), deltas)
     sizes = [len(slots) for slots in at]
@@ -163,7 +191,7 @@ def _run(lm: LM, rows: Mapping[Row, Sequence[Encoded]], deltas: Sequence[Sequenc
     ranks = (logp[at[first]] > own[first, None]).sum(1).tolist()
     parts = (x.cpu().split(sizes) for x in (own.double(), top == wanted, top, sound))
     return {
-        (number, word): _Read(float(p.mean()), bool(hit.all()), rank, int(best[0])) if bool(fine.all()) else None
+        (number, word): _Read(float(p.mean()) if bool(fine.all()) else math.nan, bool(hit.all()), rank, int(best[0]))
         for (_, number, word), rank, p, hit, best, fine in zip(entries, ranks, *parts, strict=True)
     }
 

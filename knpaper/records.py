@@ -82,7 +82,7 @@ def _check(record: Mapping) -> None:
     numbers, others = "value low high n seed".split(), ["parameters", "data", "versions"]
     if missing := [name for name in (*texts, *numbers, *others) if name not in record]:
         raise KeyError(f"no {', '.join(missing)}")
-    for name in (*texts, *({"date", "checksum"} & record.keys())):
+    for name in (*texts, *({"date", "checksum", "products"} & record.keys())):
         if not isinstance(record[name], str):
             raise TypeError(f"its {name} is {record[name]!r:.80}, and text is expected")
     for name in numbers:

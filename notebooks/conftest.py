@@ -13,6 +13,8 @@ from pathlib import Path
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, NbCellError
 
+from knbook import jobs
+from knbook.checkout import chapters
 from knbook.kernel import kernel_environment
 from knpaper import looking, stored
 
@@ -61,6 +63,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for file in {item.parent for item in items if isinstance(item, IPyNbCell)}:
         file.skip_compare += SKIPPED
+    # The longest first, so that processes which share the notebooks end at about the same time.
+    seconds = {
+        chapter.path: jobs.job(ROOT, chapter, ()).seconds
+        for chapter in chapters(ROOT)
+    }
+    items.sort(key=lambda item: -seconds.get(item.path, 0))
 
 
 def _sanitize(self, text):

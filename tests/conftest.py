@@ -30,13 +30,18 @@ for profile, changes in {"default": {}, "ci": {}, "repeatable": {"derandomize": 
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+# Files that take longest, most of it in other processes, longest first. Each test of the first two is shared out alone.
+LONG = ("test_faults", "test_workflow", "test_pages", "test_runner", "test_kinds", "test_stats", "test_project")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests, a file is one's; trials that wait long for other processes come first."""
+    """Where processes share the tests, a file is one's; what takes long comes first (with --no-loadscope-reorder)."""
     for item in items:
-        alone = item.path.stem in ("test_faults", "test_workflow")
+        alone = item.path.stem in LONG[:2]
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
-    items.sort(key=lambda item: item.path.stem not in ("test_faults", "test_workflow"))
+    places = {stem: place for place, stem in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")

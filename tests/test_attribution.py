@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kncore import attribute, tokens
-from kncore.attribution import rule
+from kncore import attribute, quadrature, tokens
+from kncore.quadrature import rule
 from kncore.query import Query
 from kncore.store import cache, results
 
@@ -46,16 +46,28 @@ def test_scores_equal_the_naive_equation(family, site):
         assert close(single.scores[0], want)
 
 
+@pytest.mark.parametrize("site", ["neuron", "published"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_default_quadrature_converges_on_every_block(family):
+def test_default_quadrature_converges_on_every_block(family, site):
     lm = tiny.lm(family)
     queries = QUERIES[lm.spec.masked]
-    result = attribute(lm, queries, store=False)
+    result = attribute(lm, queries, site=site, store=False)
     for i, query in enumerate(queries):
-        want = naive.attribution(lm, tokens.encode(lm, query), *rule("gauss", 100))
+        want = naive.attribution(lm, tokens.encode(lm, query), *rule("gauss", 100), site)
         error = (result.scores[i] - want).norm(dim=1) / want.norm(dim=1)
-        assert error.max() < 2e-3, error
-    assert result.nodes.min() >= 5
+        assert error.max() < 1e-3, error
+    assert result.nodes.min() >= len(quadrature.START)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_query_is_attributed_as_if_alone(family):
+    lm = tiny.lm(family, 1)
+    queries = QUERIES[lm.spec.masked]
+    together = attribute(lm, queries[::-1], store=False)
+    for i, query in enumerate(queries[::-1]):
+        alone = attribute(lm, [query], store=False)
+        assert torch.equal(alone.nodes[0], together.nodes[i])
+        assert close(alone.scores[0], together.scores[i])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -84,31 +96,86 @@ def test_completeness(family, seed, tol):
             ]
             gap = abs(float(result.scores[i, block].sum()) - (ends[1] - ends[0]))
             assert gap == pytest.approx(float(result.gap[i, block]), abs=2e-5)
-            # Panels may add up to a few gaps of the size allowed to each.
-            assert gap <= 8 * tol * float(result.scores[i, block].norm()) + 1e-3 * max(ends)
+            assert gap <= 2 * tol * float(result.scores[i, block].norm()) + 1e-3 * max(ends)
 
 
-def test_hand_computed_net():
-    """A block whose MLP alone reaches the logits: the path is a softmax of a line, the integral has a closed form."""
+def steep_net(steep: float):
+    """A model whose last MLP alone reaches the logits, `steep` times as far as at first, and a query for it."""
     lm = tiny.lm("gpt2")
     model = lm.model
     query, last = Query("Anna saw these", "books"), model.transformer.h[-1]
     with torch.no_grad():
         last.attn.c_proj.weight.zero_()
         last.attn.c_proj.bias.zero_()
+        last.mlp.c_proj.weight.mul_(steep)
         model.transformer.ln_f = torch.nn.Identity()
+    return lm, query, last
+
+
+@pytest.mark.parametrize("target", ["first", "all"])
+@pytest.mark.parametrize("steep", [1, 10, 100])
+def test_hand_computed_net(steep, target):
+    """A block whose MLP alone reaches the logits: the path is a softmax of a line, the integral has a closed form."""
+    lm, query, last = steep_net(steep)
     one = tokens.encode(lm, query)
     logits, state = naive.forward(lm, one, 2, "neuron")
-    values = last.mlp.c_proj.weight @ model.lm_head.weight.T  # logits per unit of each neuron
+    values = last.mlp.c_proj.weight @ lm.model.lm_head.weight.T  # logits per unit of each neuron
     line = state @ values
     grid = torch.linspace(0, 1, 200_001, dtype=torch.double)
     path = (logits.double() - (1 - grid[:, None]) * line.double()).softmax(-1)
-    target = one.target[0]
+    token = one.target[0]
     # dP/dneuron_i = P_t (values[i, t] − Σ_v P_v values[i, v]), integrated with the trapezoid rule on a fine grid
-    slope = path[:, target, None] * (values.double()[:, target] - path @ values.double().T)
+    slope = values.double()[:, token] - path @ values.double().T
+    if target == "first":
+        slope *= path[:, token, None]
     want = state.double() * torch.trapezoid(slope, grid, dim=0)
-    got = attribute(lm, [query], store=False).scores[0, 2]
+    got = attribute(lm, [query], target=target, store=False).scores[0, 2]
     torch.testing.assert_close(got.double(), want, atol=1e-4 * float(want.abs().max()), rtol=1e-3)
+
+
+def test_a_path_that_needs_more_than_the_most_nodes_ends_and_says_so(monkeypatch):
+    lm, query, _ = steep_net(1000)
+    free = attribute(lm, [query], store=False)
+    assert int(free.nodes[0, 2]) > 20
+    monkeypatch.setattr(quadrature, "MOST", 12)
+    ended = attribute(lm, [query], store=False)
+    assert int(ended.nodes.max()) == 12
+    assert float(ended.gap[0, 2]) > 6e-3 * float(ended.scores[0, 2].norm())
+    monkeypatch.setattr(quadrature, "MOST", 10_000)
+    monkeypatch.setattr(quadrature, "SMALLEST", 2**-6)
+    assert int(attribute(lm, [query], tol=1e-9, store=False).nodes.max()) <= 2**7
+
+
+places = st.lists(st.integers(0, 1000), min_size=2, max_size=12, unique=True)
+
+
+@given(places)
+def test_local_polynomials_are_integrated_exactly_on_every_interval(places):
+    nodes = np.array(sorted(places)) / 1000
+    weights = quadrature.local(nodes)
+    for degree in range(min(quadrature.NEAREST, len(nodes))):
+        power = np.diff(nodes ** (degree + 1)) / (degree + 1)
+        size = np.abs(weights) @ nodes**degree
+        assert np.abs(weights @ nodes**degree - power).max() <= 1e-9 * max(1, size.max())
+
+
+@given(st.data(), places)
+def test_what_is_not_split_adds_up_to_what_is_allowed(data, places):
+    nodes, size = np.array(sorted(places)) / 1000, st.floats(0, 1)
+    gaps = np.array(data.draw(st.lists(size, min_size=len(nodes) - 1, max_size=len(nodes) - 1)))
+    allowed = data.draw(size)
+    new = quadrature.middles(nodes, gaps, allowed)
+    inside = (nodes[:-1, None] < new) & (new < nodes[1:, None])
+    assert (inside.sum(0) == 1).all() and (inside.sum(1) <= 1).all() and (np.diff(new) > 0).all()
+    split = inside.any(1)
+    allowed *= 2 if len(nodes) <= 8 else 1
+    assert gaps[~split].sum() <= allowed * (1 + 1e-9)
+    if len(nodes) <= 8:
+        assert split.all() == split.any() == (np.sort(gaps).cumsum()[-1] > allowed)
+    elif split.any():
+        wide = np.diff(nodes) > np.maximum(0.01, 0.6 * nodes[:-1])
+        assert split[wide].all()
+        assert gaps[split & ~wide].min(initial=1) >= gaps[~split].max(initial=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -144,6 +211,11 @@ def test_half_precision_is_near_float32(dtype, limit):
     half = attribute(tiny.lm("llama", dtype=dtype), QUERIES[False], quadrature="gauss", steps=32, store=False).scores
     assert half.dtype == torch.float32
     assert float((half - exact).norm() / exact.norm()) < limit
+
+
+def test_the_adaptive_rule_starts_with_lobattos_nodes():
+    inner = np.polynomial.legendre.Legendre.basis(4).deriv().roots()
+    assert quadrature.START == pytest.approx([0, *(inner + 1) / 2, 1], abs=1e-14)
 
 
 def test_rules_integrate_polynomials():

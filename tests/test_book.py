@@ -50,7 +50,7 @@ LOADING = {
 LINKS_THAT_LOAD = {"stylesheet", "icon", "shortcut", "preload", "prefetch", "modulepreload", "preconnect", "manifest"}
 CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?([^"')\s;]+)""")
 FOREIGN = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
-RECORDED_ELSEWHERE = {"versions", "packages", "seconds", "date", "platform", "checksum"}
+RECORDED_ELSEWHERE = {"versions", "packages", "seconds", "date", "platform", "checksum", "products"}
 
 
 @pytest.fixture(scope="module")

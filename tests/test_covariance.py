@@ -249,6 +249,17 @@ def test_whether_a_covariance_is_singular_does_not_hang_on_the_units_of_a_neuron
         covariance.solve(rows.T @ rows, keys)
 
 
+def test_a_factor_solves_as_its_moment_does_and_a_moment_that_is_not_square_has_none():
+    rows = torch.randn(60, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys, moment = rows[:3] + 1, rows.T @ rows / 60
+    got = covariance.solve(covariance.factor(moment), keys)
+    torch.testing.assert_close(got, torch.linalg.solve(moment, keys.T).T)
+    with pytest.raises(ValueError, match=r"shape \(7, 7\) for keys of 6 neurons"):
+        covariance.solve(covariance.factor(moment), keys[:, :6])
+    with pytest.raises(ValueError, match=r"shape \(6, 7\) is not square"):
+        covariance.factor(moment[:6])
+
+
 @pytest.mark.kind("not-a-number")
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_neurons_that_are_not_numbers_have_no_covariance(family, folder):

@@ -189,7 +189,7 @@ def test_neither_the_budget_nor_the_order_of_cases_matters(family, budget, order
     lm = MODELS[family]
     cases, edits = some_cases(lm.spec.masked), some_edits()
     want = measure(lm, cases, edits)
-    got = measure(lm, [cases[i] for i in order], [edits[i] for i in order], budget)
+    got = measure(lm, [cases[i] for i in order], [edits[i] for i in order], budget, store=False)
     got = got.assign(case=[order[i] for i in got["case"]]).sort_values("case", kind="stable", ignore_index=True)
     pd.testing.assert_frame_equal(got, want, rtol=0, atol=5e-5)
 
@@ -222,8 +222,27 @@ def test_edits_row_by_row_and_one_at_a_time_give_the_same_numbers(monkeypatch):
 
         monkeypatch.setattr(criteria, "_states", watch)
         monkeypatch.setattr(criteria, "LOW_RANK", limit)
-        pd.testing.assert_frame_equal(measure(lm, cases, edits), want, rtol=0, atol=5e-5)
+        pd.testing.assert_frame_equal(measure(lm, cases, edits, store=False), want, rtol=0, atol=5e-5)
         assert max(ranks) == highest  # what goes row by row
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_was_asked_is_read_from_the_store_and_what_is_new_is_asked(monkeypatch, family):
+    lm = MODELS[family]
+    cases, edits = some_cases(lm.spec.masked), some_edits()
+    shapes, run = [], criteria._states
+    monkeypatch.setattr(criteria, "_states", lambda *x, **y: shapes.append(tuple(y["input_ids"].shape)) or run(*x, **y))
+    want = measure(lm, cases, edits)
+    assert shapes
+    shapes.clear()
+    pd.testing.assert_frame_equal(measure(lm, cases, edits), want, rtol=0, atol=0)
+    assert not shapes
+    other = Edit((delta(1, 1, 5),))
+    alone = measure(lm, cases[1:2], [other], store=False)
+    shapes.clear()
+    got = measure(lm, cases[1:2], [other])
+    pd.testing.assert_frame_equal(got, alone, rtol=0, atol=5e-5)
+    assert shapes and not got["logp_after"].equals(want.loc[want["case"] == 1, "logp_after"].reset_index(drop=True))
 
 
 # What is missing stays missing

@@ -150,6 +150,17 @@ def test_all_kinds_of_rome_and_memit_share_the_search(searched):
     assert searched == [3]
 
 
+def test_the_published_search_is_another_one_in_the_store(searched):
+    lm = MODELS["gpt2"]
+    new, old = (
+        editors.rome_edits(lm, requests(lm), replace(SMALL, search=name, covariance="text")) for name in rome.SEARCHES
+    )
+    assert searched == [3, 3]
+    found = rome.search(lm, requests(lm), replace(SMALL, search="adam"))
+    for one, other, adam in zip(new, old, found, strict=True):
+        assert not same(one, other) and same(other, Edit((rome.delta(adam, covariance(lm, 1, "text"), 1),)))
+
+
 def test_memit_writes_all_requests_together():
     lm = MODELS["llama"]
     first, *others = edit(lm, requests(lm), "memit")
@@ -262,7 +273,7 @@ def test_memit_leaves_out_what_failed(monkeypatch):
 
 def test_a_search_that_diverged_stays_a_failure_in_the_store():
     lm = MODELS["gpt2"]
-    hyper = replace(SMALL, lr=1e30, clamp=float("inf"), covariance="text")
+    hyper = replace(SMALL, search="adam", lr=1e30, clamp=float("inf"), covariance="text")
     for _ in range(2):
         assert all(one.deltas == () and "diverged" in one.failed for one in editors.rome_edits(lm, requests(lm), hyper))
 

@@ -1,6 +1,6 @@
 """Killed runs, full disks, damaged files: nothing half-written is seen, and a plain rerun finishes as if undisturbed.
 
-The trials are those of benchmarks/faults.py, which puts their counts into the book.
+The trials are those of benchmarks/faults.py, which puts their counts into the book; here fewer runs are killed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ KINDS = {
 }
 
 
+FEWER = {faults.toy: 6, faults.chapter: 2, faults.sweep: 3, faults.book: 2}
+
+
 @pytest.mark.parametrize(
     "trial", [pytest.param(trial, marks=KINDS.get(trial, ()), id=trial.__name__) for trial in faults.TRIALS]
 )
-def test_nothing_is_lost(trial, tmp_path):
+def test_nothing_is_lost(trial, tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "KILLS", FEWER)
     tally = trial(tmp_path)
     assert tally.sound, tally
 
@@ -29,7 +33,7 @@ def test_a_loss_would_be_told():
         assert not faults.Tally(**{"tried": 2, "said": 2, "again": 2, "same": 2, **worse}).sound
 
 
-def test_runs_are_killed_twenty_times_and_the_table_counts_all():
+def test_the_benchmark_kills_runs_twenty_times_and_its_table_counts_all():
     tallies = {what: faults.Tally(i, 0, i, i, i) for i, what in enumerate(faults.TRIALS.values(), 1)}
     total = sum(tally.tried for tally in tallies.values())
     assert f"| **all** | {total} | 0 | {total} | {total} | {total} |" in faults.table(tallies)

@@ -126,7 +126,7 @@ def typed(tmp_path):
 COMMANDS = ("run", "book", "render", "pdf", "sweep", "merge", "fetch", "cache", "readme")
 OPTIONS = (
     "--model --only -p --out --timeout --prune --limit --shard --seed -n --queries --source --editor --steps --device "
-    "--dtype --device-map --quadrature"
+    "--dtype --device-map --quadrature --jobs"
 ).split()
 VALUES = ["n=1", "n=0", "n=", "=", "n=[1]", "scale=.nan", "model=..", "tiny", "gpt2", "1/2", "0/0", "5MB", "edits", "."]
 VALUES += [

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kncore
-from kncore import arch, attribution, editors, models, rome, tracing
+from kncore import arch, attribution, editors, models, quadrature, rome, tracing
 from kncore import resources as kernel_data
 from kncore.covariance import covariance
 from kncore.models import LM
@@ -190,10 +190,14 @@ ARGUMENTS = {
     "moments": [{"block": 0}, {"source": "samples"}, {"source": "samples", "seed": 1}],
 }
 CONSTANTS = [
-    ("attributed", attribution, "PANEL_NODES", 3),
-    ("attributed", attribution, "SPLIT", 2),
-    ("attributed", attribution, "DEPTH", 2),
-    ("attributed", attribution, "_integrate", lambda *x: []),
+    ("attributed", attribution, "START", (0.0, 0.5, 1.0)),
+    ("attributed", quadrature, "NEAREST", 4),
+    ("attributed", quadrature, "SMALLEST", 0.1),
+    ("attributed", quadrature, "NARROW", 0.1),
+    ("attributed", quadrature, "SHARE", 0.1),
+    ("attributed", quadrature, "CANCEL", 1),
+    ("attributed", quadrature, "MOST", 2),
+    ("attributed", attribution, "_adapted", lambda *x: {}),
     ("traced", tracing, "_noise", lambda *_: torch.zeros(1)),
     ("searched", rome, "_unfit", lambda *x: ""),
 ]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import gelu, silu
 
 from kncore import arch
-from kncore.attribution import attribute, rule
+from kncore.attribution import attribute
 from kncore.interventions import (
     Delta,
     edited,
@@ -25,6 +25,7 @@ from kncore.interventions import (
     target_position,
     value_update,
 )
+from kncore.quadrature import rule
 from kncore.query import Query
 from kncore.replay import Change, capture, replay
 from kncore.tokens import encode

@@ -16,9 +16,10 @@ import torch
 from kncore import ablation, arch, neurons, predictions
 from kncore import attribution as attribution_module
 from kncore.ablation import Ablation
-from kncore.attribution import attribute, rule
+from kncore.attribution import attribute
 from kncore.interventions import Delta, edited, edited_rows, enhance, set_neurons, suppress, value_update
 from kncore.neurons import Neuron
+from kncore.quadrature import rule
 from kncore.query import Query
 from kncore.replay import Change, capture, replay, states
 from kncore.store import cache

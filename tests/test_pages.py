@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
+from commands import parsed
 from hypothesis import example, given
 from hypothesis import strategies as st
 from toy import COMPUTE, make_checkout, notebook, snapshot
@@ -113,12 +114,21 @@ def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeyp
     assert not (staging / "book" / "runs" / "llama-2-7b").exists()
 
 
-def test_chapters_that_attribute_share_a_job(tmp_path):
-    attributing = notebook("neurons_of(lm, queries, quadrature)")
-    attributing.cells[1].source += '\nquadrature = "gauss"'
-    root = make_checkout(tmp_path / "toy", n01_one=attributing, n02_two=notebook(COMPUTE), n03_three=attributing)
-    jobs = book._jobs(root, root / "_build" / "staging")
-    assert [arguments for arguments, *_ in jobs.values()] == [["--only", "01,03"], ["--only", "02"]]
+def test_a_chapter_is_a_job_on_its_own_model_and_on_each_that_the_book_has_a_run_of(tmp_path, monkeypatch):
+    root = make_checkout(tmp_path / "toy", n01_one=notebook(COMPUTE), n02_two=notebook(COMPUTE))
+    monkeypatch.setattr(book, "COMPANION_MODELS", ("gpt2", "gpt2-xl"))
+    (root / "book" / "runs" / "gpt2-xl").mkdir(parents=True)
+    shutil.copy(root / "notebooks" / "02-two.ipynb", root / "book" / "runs" / "gpt2-xl")
+    found = book._jobs(root, root, tmp_path, 60)
+    assert [job.name for job in found] == ["01-one", "02-two", "02-two (gpt2-xl)"]
+    assert [folder for _, folder, _ in found.values()] == [root / "notebooks"] * 2 + [
+        root / "book" / "runs" / "gpt2-xl"
+    ]
+    assert len({out for out, *_ in found.values()}) == 3
+    for job, (out, *_) in found.items():
+        options = parsed(["run", *job.options])
+        assert (options["only"], options["out"], options["timeout"]) == (job.name[:2], out, 60)
+        assert options["model"] == ("gpt2-xl" if "gpt2" in job.name else None)
 
 
 def test_a_model_beside_that_fails_is_named_with_its_cell(tmp_path, monkeypatch):
@@ -126,7 +136,7 @@ def test_a_model_beside_that_fails_is_named_with_its_cell(tmp_path, monkeypatch)
     monkeypatch.setattr(book, "COMPANION_MODELS", ("gpt2",))
     (root / "book" / "runs" / "gpt2").mkdir(parents=True)
     shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "gpt2")
-    with pytest.raises(errors.RunError, match=r"(?s)gpt2:.*cell 4 .*ZeroDivisionError"):
+    with pytest.raises(errors.RunError, match=r"(?s)01-toy \(gpt2\):.*cell 4 .*ZeroDivisionError"):
         book._run_all(root, book.stage(root), 60)
 
 

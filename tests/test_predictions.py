@@ -94,7 +94,7 @@ def test_preference_by_hand(monkeypatch):
     row = torch.full((tiny.VOCAB,), 0.001)
     for word, p in (("Paris", 0.3), ("Madrid", 0.2), ("France", 0.4), ("Spain", 0.05)):
         row[first(lm, FACTS[0], word)] = p
-    monkeypatch.setattr(predictions, "_rows", lambda lm, queries: ((i, row.log()) for i in range(len(queries))))
+    monkeypatch.setattr(predictions, "_rows", lambda lm, prompts: ((i, row.log()) for i in range(len(prompts))))
 
     def ask(target, foil="", candidates=()):
         (told,) = predict(lm, [Query("the capital of Spain is", target, foil=foil)], candidates).itertuples()
@@ -125,6 +125,23 @@ def test_log_probabilities_keep_the_order_of_the_queries_whatever_the_batch(fami
     for batch in (1, 2, 4):
         monkeypatch.setattr(predictions, "BATCH", batch)
         torch.testing.assert_close(log_probabilities(lm, queries), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "roberta"])
+def test_predict_reads_from_the_store_what_was_asked_of_the_same_model(family, monkeypatch):
+    lm, runs, capture = tiny.lm(family), [], predictions.capture
+    monkeypatch.setattr(predictions, "capture", lambda lm, part, **y: runs.append(len(part)) or capture(lm, part, **y))
+    first = predict(lm, FACTS)
+    assert sum(runs) == len(FACTS)
+    pd.testing.assert_frame_equal(predict(lm, [*FACTS, FACTS[0]])[:-1], first, rtol=0, atol=0)
+    assert sum(runs) == len(FACTS)
+    predict(lm, FACTS, ["Madrid"])
+    assert sum(runs) == 2 * len(FACTS)  # asked with other candidates
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight *= 2
+    changed = predict(lm, FACTS)
+    assert sum(runs) == 3 * len(FACTS) and not changed["probability"].equals(first["probability"])
+    pd.testing.assert_frame_equal(predict(lm, FACTS, store=False), changed, rtol=1e-5, atol=1e-6)
 
 
 # Losses of text

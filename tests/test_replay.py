@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kncore.query import Query
-from kncore.replay import Change, capture, replay, states
+from kncore.replay import Change, capture, later, replay, states
 from kncore.tokens import encode
 
 PROMPTS = ["the capital of", "Anna saw these red", "the capital of the cats is in", "a", "these , the cats . Anna saw"]
@@ -67,6 +67,26 @@ def test_rows_may_start_before_the_target(family):
     for block, state in enumerate(short.sites["neuron"]):
         change = [Change(block, rows, -state)]
         torch.testing.assert_close(replay(long, change), replay(short, change), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_later_rows_give_what_a_capture_from_there_gives(family):
+    """Prompts that begin alike and end at different tokens, so that some rows are padded."""
+    lm = tiny.lm(family)
+    batch = encoded(lm, ["the capital of the cats is in", "Anna saw these red", "the capital of"])
+    early = capture(lm, batch, start=[1] * len(batch))
+    rows = torch.arange(len(batch))
+    for start in (1, 2):
+        moved, fresh = later(early, start), capture(lm, batch, start=[start] * len(batch))
+        for block, state in enumerate(fresh.sites["neuron"]):
+            change = [Change(block, rows, -state)]
+            torch.testing.assert_close(replay(moved, change), replay(fresh, change), atol=2e-5, rtol=1e-4)
+    if not lm.spec.masked:
+        for start in (0, 99):
+            with pytest.raises(ValueError, match=f"begin at .* cannot all begin at {start}"):
+                later(early, start)
+        with pytest.raises(ValueError, match=r"begin at \[1, 2, 1\] cannot all begin at 2"):
+            later(capture(lm, batch, start=[1, 2, 1]), 2)
 
 
 def test_rows_must_start_at_or_before_the_target():

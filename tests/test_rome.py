@@ -1,4 +1,4 @@
-"""ROME against the equation in numpy, and its search against one that runs the whole model for every prompt."""
+"""ROME against the equation in numpy, and its searches against ones that run the whole model for every prompt."""
 
 import warnings
 from dataclasses import replace
@@ -21,7 +21,10 @@ MODELS = {family: tiny.lm(family) for family in tiny.FAMILIES}
 WEIGHTS = {family: [p.clone() for p in lm.model.parameters()] for family, lm in MODELS.items()}
 on_all_families = pytest.mark.parametrize("family", tiny.FAMILIES)
 QUICK = HParams(1, steps=4, prefixes=2, stop=0.0)
+ADAM = replace(QUICK, search="adam")
+both_searches = pytest.mark.parametrize("hyper", [QUICK, ADAM], ids=rome.SEARCHES)
 EXTRA = [{}, {"kl": 5.0, "lr": 1.0, "clamp": 50.0}, {"decay": 40.0}, {"clamp": 0.3}, {"prefixes": 0, "block": 0}]
+LOW = {"stop": 2.8, "clamp": 300.0, "steps": 8, "decay": 0.0}  # a loss that some requests reach by Newton's rule
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +52,8 @@ def several(lm) -> list[Query]:
 
 
 def slow_search(lm, query, hyper, essence_at=None):
-    """The search as its equations say, one prompt and one run of the whole model at a time; the divergence is read at
-    the end of the question what the subject is, or at a place in it."""
+    """The searches as their equations say, one prompt and one run of the whole model at a time; the divergence is read
+    at the end of the question what the subject is, or at a place in it. The losses are those of all prompts."""
     *prompts, essence = rome.contexts(query, hyper.prefixes)
     asked = [whole.ask(lm, prompt, query.foil) for prompt in prompts]
     last = whole.ask(lm, essence, query.foil)
@@ -61,24 +64,44 @@ def slow_search(lm, query, hyper, essence_at=None):
         reference = whole.run(lm, last, hyper.block)[0][read].log_softmax(-1)
     change = torch.zeros_like(value, requires_grad=True)
     optimiser = torch.optim.Adam([change], lr=hyper.lr)
-    losses = []
+    losses, low, moved = [], True, 0
     for step in range(hyper.steps + 1):
-        loss = sum(whole.loss(lm, one, hyper.block, change) for one in asked) / len(asked)
-        losses.append(float(loss.detach()))
-        if step == hyper.steps or losses[-1] < hyper.stop:
+        each = [whole.loss(lm, one, hyper.block, change) for one in asked]
+        losses.append(float(sum(each).detach()) / len(asked))
+        if hyper.search == "rotating" and not low and step < hyper.steps and hyper.prefixes:
+            each = [each[0], each[1 + step % hyper.prefixes]]
+        ended = losses[-1] < hyper.stop and (low or hyper.search == "adam" or step == hyper.steps)
+        if step == hyper.steps or ended:
             break
+        loss = sum(each) / len(each)
+        low = float(loss.detach()) < hyper.stop
         now = whole.run(lm, last, hyper.block, change)[0][read].log_softmax(-1)
         drift = (now.exp() * (now - reference)).sum()
-        total = loss + hyper.kl * drift
+        weight = {"adam": 1, "rotating": 4 if step in (1, 5, 9) else 0}[hyper.search] * hyper.kl
+        total = loss + weight * drift
         if step:
             total = total + hyper.decay * change.norm() / value.norm() ** 2
         optimiser.zero_grad()
         total.backward()
-        optimiser.step()
+        if hyper.search == "adam":
+            optimiser.step()
+        else:
+            moved = 0.3 * moved + newton(float(loss.detach()), change.grad, step, hyper, value)
         with torch.no_grad():
+            if hyper.search == "rotating":
+                change += moved
             if change.norm() > hyper.clamp * value.norm():
                 change *= hyper.clamp * value.norm() / change.norm()
     return change.detach(), losses
+
+
+def newton(loss, gradient, step, hyper, value):
+    """log P/(1 - P) rises by g/(1 - P) on the way along a gradient g of -log P: so far that it comes to a loss of
+    .6 times that to stop at, but no farther than .7 of the clamp at first, a quarter of that after ten steps."""
+    longest = 0.7 / (1 + 3 * step / 10) * hyper.clamp * float(value.norm())
+    p, goal = np.exp(-loss), np.exp(-0.6 * hyper.stop)
+    far = np.inf if goal == 1 else max(0, np.log(goal / (1 - goal)) - np.log(p / (1 - p)))
+    return -min(far * (1 - p) / float(gradient.norm()), longest) * gradient / gradient.norm()
 
 
 # The search
@@ -96,10 +119,14 @@ def test_key_and_value_are_what_a_hook_reads_on_the_unedited_model(family):
         torch.testing.assert_close(found.mean_key, sum(one[1] for one in seen) / 3, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("extra", EXTRA, ids=str)
+@pytest.mark.parametrize(
+    ("search_by", "extra"),
+    [*(("adam", extra) for extra in EXTRA), *(("rotating", extra) for extra in [*EXTRA, {"kl": 0.0}, {"steps": 1}])],
+    ids=str,
+)
 @on_all_families
-def test_the_search_is_that_of_the_equations_on_the_whole_model(family, extra):
-    lm, hyper = MODELS[family], replace(QUICK, **{"lr": 0.1, **extra})
+def test_the_search_is_that_of_the_equations_on_the_whole_model(family, search_by, extra):
+    lm, hyper = MODELS[family], replace(QUICK, **{"lr": 0.1, "search": search_by, **extra})
     for query, found in zip(several(lm)[::2], search(lm, several(lm)[::2], hyper), strict=True):
         change, losses = slow_search(lm, query, hyper)
         torch.testing.assert_close(found.change, change, atol=2e-3, rtol=2e-3)
@@ -108,8 +135,30 @@ def test_the_search_is_that_of_the_equations_on_the_whole_model(family, extra):
         assert found.probability == pytest.approx(np.exp(-losses[-1]), rel=1e-2, abs=1e-6)
 
 
-def test_the_search_reads_the_prompts_that_it_is_given():
-    lm, hyper = MODELS["llama"], replace(QUICK, lr=0.1, kl=5.0)
+@pytest.mark.parametrize("extra", [{}, {"prefixes": 3}, {"prefixes": 0}, {"clamp": 20.0}], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_steps_by_newtons_rule_end_once_the_answer_is_likely_after_all_prompts(family, extra):
+    lm, ended = MODELS[family], 0
+    for query in several(lm):
+        hyper = replace(QUICK, **{**LOW, "stop": 0.0, **extra})
+        _, path = slow_search(lm, query, hyper)
+        hyper = replace(hyper, stop=0.6 * path[0] + 0.4 * min(path))  # random weights: no answer becomes likely
+        change, losses = slow_search(lm, query, hyper)
+        (found,) = search(lm, [query], hyper)
+        if "gives the new answer already" in found.failed:
+            continue
+        assert found.steps == len(losses) - 1
+        torch.testing.assert_close(found.change, change, atol=2e-3, rtol=5e-3)
+        assert found.before == pytest.approx(np.exp(-losses[0]), rel=1e-3)
+        assert found.probability == pytest.approx(np.exp(-losses[-1]), rel=2e-2, abs=1e-6)
+        assert found.steps == hyper.steps or found.probability > np.exp(-hyper.stop)
+        ended += 0 < found.steps < hyper.steps
+    assert ended
+
+
+@both_searches
+def test_the_search_reads_the_prompts_that_it_is_given(hyper):
+    lm, hyper = MODELS["llama"], replace(hyper, lr=0.1, kl=5.0)
     query = request(lm)
 
     def other_answer(lm, request, settings, seed):
@@ -129,9 +178,10 @@ def test_the_search_reads_the_prompts_that_it_is_given():
         assert not torch.allclose(found.change, usual.change, atol=1e-2)
 
 
+@both_searches
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_every_token_of_a_new_answer_counts_alike_in_the_search(family):
-    lm, hyper = MODELS[family], replace(QUICK, lr=0.1, prefixes=1)
+def test_every_token_of_a_new_answer_counts_alike_in_the_search(family, hyper):
+    lm, hyper = MODELS[family], replace(hyper, lr=0.1, prefixes=1)
     asked = several(lm)[1::2]
     assert [len(whole.ask(lm, query, query.foil).wanted) for query in asked] == [2, 3]
     for query, found in zip(asked, search(lm, asked, hyper), strict=True):
@@ -153,14 +203,15 @@ def test_masks_before_the_subject_are_those_of_the_new_answer(family):
     torch.testing.assert_close(found.value, value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("hyper", [QUICK, replace(QUICK, **LOW), ADAM], ids=["steps", "ends", "adam"])
 @on_all_families
-def test_a_batch_of_requests_is_each_alone(family, monkeypatch):
+def test_a_batch_of_requests_is_each_alone(family, hyper, monkeypatch):
     lm = MODELS[family]
-    together = search(lm, several(lm), QUICK)
+    together = search(lm, several(lm), hyper)
     monkeypatch.setattr(rome, "BUDGET", 1)
-    narrow = search(lm, several(lm), QUICK)
+    narrow = search(lm, several(lm), hyper)
     for query, one, other in zip(several(lm), together, narrow, strict=True):
-        (alone,) = search(lm, [query], QUICK)
+        (alone,) = search(lm, [query], hyper)
         for found in (one, other):
             torch.testing.assert_close(found.change, alone.change, atol=2e-3, rtol=2e-3)
             torch.testing.assert_close(found.mean_key, alone.mean_key, atol=1e-5, rtol=1e-4)
@@ -169,7 +220,7 @@ def test_a_batch_of_requests_is_each_alone(family, monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 def test_the_search_lowers_the_loss_and_stops_once_the_answer_is_likely(family):
-    lm, hyper = MODELS[family], replace(QUICK, steps=60, stop=1.3, lr=1.0, clamp=1e4, kl=0.0, decay=0.0, prefixes=1)
+    lm, hyper = MODELS[family], replace(ADAM, steps=60, stop=1.3, lr=1.0, clamp=1e4, kl=0.0, decay=0.0, prefixes=1)
     ended, asked = 0, [request(lm, "the capital of {}"), request(lm, "Anna saw {}", "cats", "red", "book")]
     for query, found in zip(asked, search(lm, asked, hyper), strict=True):
         assert found.probability > found.before
@@ -181,11 +232,49 @@ def test_the_search_lowers_the_loss_and_stops_once_the_answer_is_likely(family):
     assert ended
 
 
-def test_a_change_stays_within_the_clamp():
+@both_searches
+def test_a_change_stays_within_the_clamp(hyper):
     lm = MODELS["gpt2"]
     for clamp in (0.05, 1.0):
-        for found in search(lm, several(lm), replace(QUICK, clamp=clamp, lr=5.0)):
+        for found in search(lm, several(lm), replace(hyper, clamp=clamp, lr=5.0)):
             assert found.change.norm() <= clamp * found.value.norm() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("clamp", [1e10, 1e30, float("inf")])
+def test_steps_as_long_as_they_like_give_a_change_as_reported_or_a_failure(clamp):
+    lm, hyper = MODELS["gpt2"], replace(QUICK, clamp=clamp, prefixes=0)
+    for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
+        if found.failed:
+            assert "diverged after" in found.failed and "smaller clamp" in found.failed
+        else:
+            with torch.no_grad():
+                loss = whole.loss(lm, whole.ask(lm, query, query.foil), hyper.block, found.change)
+            assert found.probability == pytest.approx(float(torch.exp(-loss)), rel=1e-2, abs=1e-6)
+
+
+def test_the_rate_is_adams_alone():
+    lm = MODELS["llama"]
+    for hyper, differs in ((QUICK, False), (ADAM, True)):
+        one, other = (search(lm, several(lm)[:1], replace(hyper, lr=lr))[0].change for lr in (0.1, 0.5))
+        assert torch.equal(one, other) != differs
+
+
+def test_a_step_of_newtons_rule_worked_out_by_hand():
+    """P = 1/2, and 1/2 is also 1 - P. Along -g, of length 5, the log-odds rise by 5 / (1/2) = 10: from 0 to those of a
+    loss of .6 · stop, ln(e^-l / (1 - e^-l)) with l = ln 5/4, that is P = 4/5 and ln 4, they need (ln 4) / 10."""
+    change = torch.zeros(2, 2, requires_grad=True)
+    change.grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    losses, stop = torch.full((2,), np.log(2)), float(np.log(5 / 4) / rome.GOAL)
+    move = rome._newton(change, torch.full((2, 1), 100.0), stop)
+    first = -np.log(4) / 10 * np.array([0.6, 0.8])
+    move(torch.tensor([0, 1]), losses, 0)
+    np.testing.assert_allclose(change.detach(), [first, [0, 0]], rtol=1e-5)
+    move(torch.tensor([0]), torch.tensor([np.log(5 / 4) / 2]).float(), 1)  # likely enough: nothing but the momentum
+    np.testing.assert_allclose(change.detach(), [1.3 * first, [0, 0]], rtol=1e-5)
+    for step, share in ((0, 0.7), (10, 0.175), (20, 0.1)):
+        before = change.detach().clone()
+        rome._newton(change, torch.full((2, 1), 0.1), stop)(torch.tensor([0]), losses[:1], step)
+        np.testing.assert_allclose((change.detach() - before)[0], [-0.06 * share, -0.08 * share], rtol=1e-4)
 
 
 def test_an_answer_that_is_given_already_is_a_failure_of_that_item():
@@ -300,6 +389,12 @@ def test_settings_out_of_range_are_refused_in_one_line(wrong):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", ["Adam", "", None, 1])
+def test_an_unknown_search_is_refused(wrong):
+    with pytest.raises(ValueError, match="unknown search.*adam, rotating"):
+        HParams(1, search=wrong)
+
+
 @pytest.mark.kind("raw-errors", own=True)
 def test_settings_may_be_numbers_of_numpy_and_torch_and_a_folder_a_path(tmp_path):
     got = HParams(np.int64(1), steps=torch.tensor(3), lr=np.float32(0.5), prefixes=np.uint8(2), covariance=tmp_path)
@@ -339,13 +434,13 @@ def test_prompts_are_all_that_a_search_reads(family, monkeypatch):
 
 
 def test_a_search_that_diverges_is_a_failure_not_a_number():
-    (found,) = search(MODELS["gpt2"], [request(MODELS["gpt2"])], replace(QUICK, lr=1e30, clamp=float("inf")))
+    (found,) = search(MODELS["gpt2"], [request(MODELS["gpt2"])], replace(ADAM, lr=1e30, clamp=float("inf")))
     assert "diverged after" in found.failed and "smaller rate" in found.failed
 
 
 @pytest.mark.parametrize("lr", [1e2, 1e10, 1e30])
 def test_a_rate_that_is_far_too_large_gives_a_change_as_reported_or_a_failure(lr):
-    lm, hyper = MODELS["llama"], replace(QUICK, lr=lr, prefixes=0)
+    lm, hyper = MODELS["llama"], replace(ADAM, lr=lr, prefixes=0)
     for query, found in zip(several(lm), search(lm, several(lm), hyper), strict=True):
         if not found.failed:
             assert found.change.norm() <= hyper.clamp * found.value.norm() * (1 + 1e-5)
@@ -392,8 +487,10 @@ def test_wrong_requests_and_blocks_are_refused():
 
 
 def test_models_have_their_hyperparameters():
-    assert rome.hparams_for(replace(MODELS["llama"], name="gpt2-xl")) == HParams(17)
+    assert rome.hparams_for(replace(MODELS["llama"], name="gpt2-xl")) == HParams(17, search="adam")
     assert rome.hparams_for(replace(MODELS["llama"], name="llama-2-7b")).decay == 1e-3
+    assert {name for name, own in rome.HPARAMS.items() if own.search == "adam"} == {"gpt2-xl", "llama-2-7b"}
+    assert rome.hparams_for(MODELS["llama"]).search == "rotating"
     assert rome.hparams_for(MODELS["llama"]).covariance == "samples"
     assert rome.hparams_for(MODELS["bert"]).covariance == "text"
 

@@ -27,7 +27,7 @@ REQUESTS = [
     Query("the capital of France is", "Paris", "France", "Madrid", item="a", template="the capital of {} is"),
     Query("Anna saw the red Spain in", "Madrid", "Spain", "Paris", item="b", template="Anna saw the red {} in"),
 ]
-SETTINGS = rome.HParams(1, steps=4, prefixes=2, stop=0.0, lr=0.2)
+SETTINGS = rome.HParams(1, steps=4, prefixes=2, stop=0.0, clamp=20.0)
 SEARCHED = rome.search(LM, REQUESTS, SETTINGS)
 MOMENT = torch.eye(24, dtype=torch.float64) + torch.outer(*[torch.arange(24, dtype=torch.float64) / 24] * 2)
 

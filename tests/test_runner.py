@@ -28,34 +28,25 @@ from kncore.store import disk
 from knpaper import claims, stored
 
 
-def nbval(folder: Path, checkout: Path) -> subprocess.CompletedProcess:
-    shutil.copy(checkout / "notebooks" / "conftest.py", folder / "notebooks")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", "--nbval"]
-    command += ["--nbval-current-env", "--rootdir", str(folder), str(folder / "notebooks")]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-
-
 def test_nbval_compares_numbers_loosely_text_exactly_and_skips_nothing(tmp_path, checkout):
     sources = ["print('loss', 0.12345)", "print('fact')", "2 + 2;", "0.5"]
-    make_checkout(tmp_path / "toy", n01_toy=notebook(*sources))
-    runner.run(tmp_path / "toy")
-    path = tmp_path / "toy" / "notebooks" / "01-toy.ipynb"
+    toy = make_checkout(tmp_path / "toy", n01_sound=notebook(*sources))
+    (path,) = runner.run(toy)
     nb = nbformat.read(path, as_version=4)
     nb.cells[2].outputs[0].text = "loss 0.12346\n"
     nbformat.write(nb, path)
-    sound = nbval(tmp_path / "toy", checkout)
-    assert sound.returncode == 0, sound.stdout
-    assert "5 passed" in sound.stdout
-
     nb.cells[2].outputs[0].text = "loss 0.12400\n"
     nb.cells[3].outputs[0].text = "grammar\n"
     nb.cells[4].execution_count = None
     nb.cells[5].outputs[0].data["text/plain"] = "0.502"
-    nbformat.write(nb, path)
-    broken = nbval(tmp_path / "toy", checkout)
-    assert broken.returncode == 1
-    assert "4 failed, 1 passed" in broken.stdout, broken.stdout
-    assert "never run" in broken.stdout
+    nbformat.write(nb, toy / "notebooks" / "02-broken.ipynb")
+    shutil.copy(checkout / "notebooks" / "conftest.py", toy / "notebooks")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", "--nbval"]
+    command += ["--nbval-current-env", "--rootdir", str(toy), str(toy / "notebooks")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=toy, check=False)
+    assert done.returncode == 1 and "4 failed, 6 passed" in done.stdout, done.stdout
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 4 and all("02-broken" in line for line in failed) and "never run" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------- running
@@ -360,19 +351,37 @@ def test_a_run_that_lasts_keeps_its_scratch_folder_where_every_lock_succeeds(toy
 @pytest.mark.kind("orphans-and-scratch", own=True)
 def test_what_a_job_of_the_book_warns_of_is_said_once(tmp_path, monkeypatch, capsys):
     said = "import sys; print('kncore: the store of the book is full', file=sys.stderr)"
-    attributes = notebook(said)
-    attributes.cells[1].source += '\nquadrature = "gauss"'
-    toy = make_checkout(tmp_path / "toy", n01_one=attributes, n02_two=notebook(said))
+    toy = make_checkout(tmp_path / "toy", n01_one=notebook(said), n02_two=notebook(said))
     monkeypatch.setattr(disk, "_said", set())
     staged = book.stage(toy)
     book._run_all(toy, staged, 60)
     told = capsys.readouterr()
-    assert told.err == "kncore: the store of the book is full\n" and told.out.count("01-one ...") == 1
-    assert sorted(path.name for path in (toy / "_build").iterdir()) == [
-        "chapters-that-attribute.log",
-        "staging",
-        "the-other-chapters.log",
+    assert told.err == "kncore: the store of the book is full\n"
+    assert "01-one: begun\n" in told.out and re.search(r"^01-one: \d+ s; [12] of 2 done$", told.out, re.MULTILINE)
+    assert "01-one: cell 3 of 3\n" in (toy / "_build" / "01-one.log").read_text()
+    assert sorted(path.name for path in (toy / "_build").iterdir()) == ["01-one.log", "02-two.log", "staging"]
+
+
+def test_a_second_book_runs_only_the_chapters_that_changed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "identity", lambda name: (name, "revision"))
+    toy = make_checkout(tmp_path / "toy", n01_one=notebook(COMPUTE), n02_two=notebook("print(n)"))
+    book._run_all(toy, book.stage(toy), 60)
+    staging = toy / "_build" / "staging"
+    first = snapshot(staging)
+    assert {"results/tiny/claim.json", "results/tiny/01.toml"} <= first.keys()
+    capsys.readouterr()
+    book._run_all(toy, book.stage(toy), 60)
+    assert capsys.readouterr().out.splitlines() == [
+        "01-one: kept from an earlier book",
+        "02-two: kept from an earlier book",
     ]
+    assert snapshot(staging) == first
+    nbformat.write(notebook("print(n + 1)"), toy / "notebooks" / "02-two.ipynb")
+    book._run_all(toy, book.stage(toy), 60)
+    said = capsys.readouterr().out
+    assert "01-one: kept" in said and "02-two: begun" in said
+    changed = {name for name, content in snapshot(staging).items() if first[name] != content}
+    assert changed - {"results/tiny/02.toml"} == {"notebooks/02-two.ipynb"}  # the note has the seconds it took
 
 
 # ------------------------------------------------------------------------------- a folder named like a model

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from toy import COMPUTE, make_checkout, notebook
 
-from knbook import book, runs
+from knbook import book, bound, jobs, runs
 from knbook.errors import UsageError
 from knbook.kernel import kernel_environment
 from kncore.store import disk
@@ -228,12 +228,12 @@ def test_a_bound_process_is_the_module_with_its_arguments(tmp_path, monkeypatch)
 @pytest.mark.kind("orphans-and-scratch", own=True)
 @pytest.mark.parametrize("wait", [0, 300])
 def test_jobs_are_asked_to_end_and_killed_where_they_do_not(tmp_path, monkeypatch, wait):
-    monkeypatch.setattr(book.bound, "GRACE", 1 if wait else 600)
+    monkeypatch.setattr(bound, "GRACE", 1 if wait else 600)
     program = f"import signal, time; signal.signal(signal.SIGTERM, lambda *_: time.sleep({wait}) or exit(7))"
     program += "; print(1, flush=True); time.sleep(300)"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     process.stdout.readline()
-    book._end([process])
+    jobs.end([process])
     assert process.returncode == (-9 if wait else 7)
     process.stdout.close()
 

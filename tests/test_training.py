@@ -11,9 +11,14 @@ from knpaper import corpus
 KINDS = sorted(controlled.PLAN)
 
 
+@pytest.fixture(scope="module")
+def first() -> list[corpus.Sentence]:
+    return corpus.sentences()[:1500]
+
+
 @pytest.fixture
-def small(monkeypatch):
-    some = corpus.sentences()[:1500]
+def small(monkeypatch, first):
+    some = list(first)
     monkeypatch.setattr(corpus, "sentences", lambda seed=0: some)
     monkeypatch.setattr(controlled, "SHAPES", ((12, 16), (8, 24), (6, 32)))
     return some
@@ -62,6 +67,8 @@ def test_a_causal_model_learns_every_word_from_those_before_it(small):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(kind, small, tmp_path, monkeypatch):
+    for name, size in {"HIDDEN": 32, "BLOCKS": 2, "HEADS": 2}.items():
+        monkeypatch.setattr(controlled, name, size)
     whole, tok, log = controlled.train(kind, 0, tmp_path / "one", 1, 1e-3, 0.1)
     assert log.step.iloc[-1] > 50 and log.loss.iloc[-1] < log.loss.iloc[0]
     step = torch.optim.AdamW.step

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from kncore import products
 from kncore.models import LM
 from kncore.store import disk, fingerprint
 from kncore.zoo import cache_folder
@@ -25,6 +26,7 @@ def files(lm: LM, content: str, functions: Sequence[Callable], settings: Sequenc
     model and its `content` now, the code of `functions`, versions, and its own settings."""
     decided = [lm.revision, content, asdict(lm.spec), str(lm.dtype), lm.device.type]
     decided += [fingerprint.code(*functions), fingerprint.versions(), "sealed"]
+    decided += products.noted(lm).values()
     common = fingerprint.digest(*decided)
     names = [fingerprint.digest(common, each) for each in settings]
     return [scores_folder() / name[:2] / f"{name}.safetensors" for name in names]
