@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 from jaxtyping import Float
@@ -70,6 +71,7 @@ KINDS = {
     "locality": "neighbour",
     "largest_city": "same subject, another question",
     "symmetry": "reversed",
+    "symmetry_old": "the old answer, reversed",
     "synonymy": "in other words",
 }
 
@@ -110,6 +112,33 @@ def edit_and_measure(
         edits[label] = editors.edit(lm, requests, name, progress=True, paraphrases=tasks.paraphrases)
         tables[label] = criteria.measure(lm, some, edits[label], progress=True)
     return edits, tables
+
+
+def both(first: Sequence[Edit], second: Sequence[Edit]) -> list[Edit]:
+    """Return the edits of weights that make the changes of two, request by request; failed where one of the two did."""
+    return [
+        Edit(one.deltas + two.deltas, failed=one.failed or two.failed) for one, two in zip(first, second, strict=True)
+    ]
+
+
+def statements(lm: LM, cases: Sequence[Case]) -> dict[str, list[Edit]]:
+    """Return what is put before the questions of each case: its fact, and two controls of what in it is read.
+
+    These give the same subject the new answer of the next case, or name subject and new answer in another sentence.
+    """
+    requests = [case.request for case in cases]
+    foils = [request.foil for request in requests]
+    others = [
+        next(foil for foil in foils[i + 1 :] + foils[:i] if foil not in (request.foil, request.target))
+        for i, request in enumerate(requests)
+    ]
+    elsewhere = [replace(request, foil=foil) for request, foil in zip(requests, others, strict=True)]
+    named = [f"Anna visited {request.subject} in the winter and {request.foil} in the summer. " for request in requests]
+    return {
+        "the fact": editors.in_context(lm, requests),
+        "another answer": editors.in_context(lm, elsewhere),
+        "both names": [Edit(context=text) for text in named],
+    }
 
 
 def shares(

@@ -315,13 +315,35 @@ def _outcomes(table: pd.DataFrame, criterion: str, by: str) -> pd.Series:
     return success(table, by)[mine].set_axis(table.loc[mine, "item"]).dropna().astype(bool)
 
 
-def item_margins(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean margin after the edit, in nats per token, of each item (rows) and criterion (columns).
+def item_gains(table: pd.DataFrame) -> pd.DataFrame:
+    """Return by how much the edit raised the mean margin, in nats per token, of each item (rows) and criterion.
 
     Items whose edit failed are left out.
     """
     whole = table[table["failed"] == ""]
-    return whole.groupby(["item", "criterion"])["margin_after"].mean().unstack()
+    gain = whole["margin_after"] - whole["margin_before"]
+    return gain.groupby([whole["item"], whole["criterion"]]).mean().unstack()
+
+
+def item_changes(table: pd.DataFrame, criterion: str, by: str = "says") -> pd.Series:
+    """Return the share of an item's questions whose answer was brought about by the edit: said after minus said before.
+
+    From −1 to 1; `by` as in `success`. Items whose edit failed are left out.
+    """
+    mine = table[(table["criterion"] == criterion) & (table["failed"] == "")]
+    after, before = (_said(mine, by, when).astype(float) for when in ("after", "before"))
+    return (after - before).groupby(mine["item"]).mean()
+
+
+def best(table: pd.DataFrame) -> pd.Series:
+    """Return whether each row's target is after the edit the most probable per token of all that its prompt was asked.
+
+    These are the targets and foils of all rows of a case with the same prompt, <NA> where the edit failed.
+    """
+    foil = table["logp_after"] - table["margin_after"]
+    most = pd.concat([table["logp_after"], foil], axis=1).max(axis=1)
+    most = most.groupby([table["case"], table["prompt"]]).transform("max")
+    return (table["logp_after"] >= most).astype("boolean").mask(table["failed"] != "").rename("best")
 
 
 @state.computes(grad=False)
