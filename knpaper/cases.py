@@ -207,11 +207,12 @@ def moved(
     seed: int = 0,
     subjects: Collection[str] | None = None,
     known: Relation | None = None,
+    prompts: int = 3,
 ) -> list[Case]:
     """`n` requests as in `synonymy` to the fields of `rows` (as `unlike` has them), each once before any comes again.
 
     The foil of synonymy and of the decoy is the occupation of the old field. `occupations` asks for those of the other
-    rows, prompt by prompt. Raises ValueError as `synonymy` does.
+    rows, prompt by prompt. Occupations are asked in so many `prompts`. Raises ValueError as `synonymy` does.
     """
     known = known or work()
     called, occupation = {field: names for field, *names in rows}, tasks.describe("occupation")
@@ -224,8 +225,8 @@ def moved(
     for person, old, new, queries in _edits(known, known.pairs, sorted(called), differ, n, seed, subjects):
         right, decoy = called[new]
         others = [word for word in dict.fromkeys(word for word, _ in called.values()) if word not in called[new]]
-        queries["synonymy"] = _ask(occupation, person, right, usual[old])
-        queries["decoy"] = _ask(occupation, person, decoy, usual[old])
+        queries["synonymy"] = _ask(occupation, person, right, usual[old])[:prompts]
+        queries["decoy"] = _ask(occupation, person, decoy, usual[old])[:prompts]
         queries["occupations"] = tuple(replace(q, target=word, foil="") for q in queries["decoy"] for word in others)
         cases.append(Case(_flip(queries["reliability"][0]), queries))
     return cases

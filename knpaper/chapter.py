@@ -157,12 +157,14 @@ def shares(
     return rows
 
 
-def edit_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return one row per table of `criteria.measure` and criterion: what is given and preferred, and the margins."""
-    rows = []
+def edit_table(tables: Mapping[str, pd.DataFrame], by: str = "margin") -> pd.DataFrame:
+    """Return one row per table of `criteria.measure` and criterion: what is given and preferred, and the margins.
+
+    Preferred is as in `criteria.success`, to the rival or by "best" to all that the prompt is asked for.
+    """
+    rows, column = [], "best of all asked, after" if by == "best" else "preferred, after"
     for label, table in tables.items():
-        both = zip(criteria.summary(table).itertuples(), criteria.summary(table, "margin").itertuples(), strict=True)
-        for given, preferred in both:
+        for given, preferred in zip(*(criteria.summary(table, way).itertuples() for way in ("says", by)), strict=True):
             rows.append(
                 {
                     "editor": label,
@@ -171,7 +173,7 @@ def edit_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                     "failed": given.failed,
                     "given, before": f"{given.before:.2f}",
                     "after": f"{given.after:.2f} [{given.low:.2f}, {given.high:.2f}]",
-                    "preferred, after": f"{preferred.after:.2f}",
+                    column: f"{preferred.after:.2f}",
                     "margin, before": f"{given.margin_before:+.1f}",
                     "margin, after": f"{given.margin_after:+.1f}",
                 }

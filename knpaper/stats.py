@@ -128,7 +128,7 @@ def mean(values: Sequence[float], clusters: Sequence | None = None, seed: int = 
     Of fewer than ten clusters the interval is Student's.
     """
     units = _spread(cluster_means(values, clusters))
-    limits = _student(units.mean(), [units]) if len(units) < FEW else _bootstrap((units,), np.mean, seed)
+    limits = _interval((units,), np.mean, seed)
     return Estimate(units.mean(), *limits, len(units), Sample("mean", (units,)))
 
 
@@ -151,7 +151,7 @@ def difference(
         return np.mean(a, axis=axis) - np.mean(b, axis=axis)
 
     n = min(len(a), len(b))
-    limits = _student(gap(a, b), [a, b]) if n < FEW else _bootstrap((a, b), gap, seed)
+    limits = _interval((a, b), gap, seed)
     return Estimate(gap(a, b), *limits, n, Sample("difference", (a, b)))
 
 
@@ -419,8 +419,9 @@ def regression(
 def repeats(sample: Sample, truth: float, count: int = 400, seed: int = 0) -> list[Estimate]:
     """Return what `count` repeats of a study would estimate if the true value were `truth`.
 
-    Their units are drawn from those of the sample, with its spread about the truth; the outcomes of a share are drawn
-    true or false, which is the widest that a share can spread. Intervals are as in `mean`, `difference` and `share`,
+    Their units are drawn from those of the sample, with its spread about the truth; where a group has fewer than ten,
+    which tell little of their distribution, from a normal one of the same spread; the outcomes of a share true or
+    false, which is the widest that a share can spread. Intervals are as in `mean`, `difference` and `share`,
     but where these take a bootstrap (BCa) this one is by percentiles of 400 resamples. Empty where a group has fewer
     than two units.
     """
@@ -435,6 +436,9 @@ def repeats(sample: Sample, truth: float, count: int = 400, seed: int = 0) -> li
     drawn, resampled = [], []
     for group in sample.groups:
         size = len(group)
+        if n < FEW:
+            drawn.append(rng.normal(0, group.std(ddof=1), (count, size)))
+            continue
         centred = (group - group.mean()) * math.sqrt(size / (size - 1))
         drawn.append(rng.choice(centred, (count, size)))
         resampled.append(drawn[-1] @ rng.multinomial(size, np.full(size, 1 / size), 400).T / size)
@@ -480,6 +484,14 @@ def _jackknife(groups: tuple[np.ndarray, ...], statistic, jointly: bool = False)
     if not all(len(units) and np.isfinite(units).all() for units in pseudo):
         return None
     return Sample("mean" if jointly else "difference", tuple(pseudo))
+
+
+def _interval(groups: tuple[np.ndarray, ...], statistic, seed: int) -> tuple[float, float]:
+    """Return Student's interval of a mean or a difference where a group is small, else the bootstrap's."""
+    if min(map(len, groups)) >= FEW:
+        return _bootstrap(groups, statistic, seed)
+    checks.whole(seed, "seed", 0)
+    return _student(float(statistic(*groups)), groups)
 
 
 def _student(value: float, groups: Sequence[np.ndarray]) -> tuple[float, float]:
