@@ -71,7 +71,6 @@ KINDS = {
     "locality": "neighbour",
     "largest_city": "same subject, another question",
     "symmetry": "reversed",
-    "symmetry_old": "the old answer, reversed",
     "synonymy": "in other words",
 }
 
