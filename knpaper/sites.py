@@ -79,5 +79,7 @@ def advantage(
     rows: pd.DataFrame, restore: int, other: int, place: str, blocks: Sequence[int] | range
 ) -> Float[np.ndarray, " prompt"]:
     """Return by how much one restore brings back more than another, as a mean share over those of `blocks` traced."""
+    if rows.empty:
+        return np.zeros(0)
     inside = np.isin(rows.trace.iloc[0].blocks, list(blocks))
     return (share(rows, restore, place) - share(rows, other, place))[:, inside].mean(1)
