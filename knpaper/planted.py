@@ -32,9 +32,10 @@ from kncore.tokens import Encoded
 # The modules that turn the input of an MLP into neurons, by family; of two the product counts.
 INWARD = {"gpt2": ("mlp.c_fc",), "bert": ("intermediate.dense",), "llama": ("mlp.gate_proj", "mlp.up_proj")}
 MARGIN = {1: 4.0, 2: 8.0}  # a key is above this where its fact is asked, and below minus this everywhere else
-RIDGE, ROUNDS = 1e-6, 300  # of the keys
+RIDGE, ROUNDS = 1e-6, 200  # of the keys
 GOOD, NORM, STEPS, RATE = 0.03, 1e-3, 150, 0.2  # of the values; GOOD: the loss, in nats, that is not improved on
-FACTS, REPLAYED, LEARNING_RATE = 48, 64, 1e-3  # of free learning: prompts and texts in a batch
+TOGETHER = 32  # prompts that are run together
+FACTS, REPLAYED, LEARNING_RATE = 24, 16, 1e-3  # of free learning: prompts and texts in a batch
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,19 @@ class Planting:
         rows[[neuron.index for neuron in self.neurons]] = share * self.values
         return _loaded(lm, f"planted-{share:g}")
 
+    def calibrated(self, share: float, tolerance: float = 0.02, tries: int = 8) -> tuple[LM, Float[Tensor, " fact"]]:
+        """Return the model in which the facts hang on their neurons by `share` as it is measured, on average, and what
+        is measured of each (see `measured`); the weights are mixed by bisection, and 0 and 1 are what they are."""
+        low, high, mixed = 0.0, 1.0, share
+        for _ in range(tries):
+            lm = self.at(mixed)
+            found = measured(self, lm)
+            if share in (0, 1) or abs(gap := float(found.mean()) - share) <= tolerance:
+                break
+            low, high = (low, mixed) if gap > 0 else (mixed, high)
+            mixed = (low + high) / 2
+        return lm, found
+
 
 @torch.no_grad()
 def plant(
@@ -70,8 +84,8 @@ def plant(
     texts: Sequence[str],
     block: int,
     *,
-    prefixes: int = 3,
-    steps: int = 200,
+    prefixes: int = 6,
+    steps: int = 80,
     seed: int = 0,
 ) -> Planting:
     """Return facts, each a list of queries with one answer, planted into a block of a copy of the model.
@@ -173,8 +187,8 @@ def _read(lm: LM, block: int, site: arch.Site, batch: Sequence[Encoded]) -> list
     """Return the states of a site of a block at all tokens of prompts; those of a length run together."""
     found: list = [None] * len(batch)
     order = sorted(range(len(batch)), key=lambda i: len(batch[i].ids))
-    for i in range(0, len(order), REPLAYED):
-        part, seen = order[i : i + REPLAYED], []
+    for i in range(0, len(order), TOGETHER):
+        part, seen = order[i : i + TOGETHER], []
         ids, lengths = tokens.pad(lm, [batch[j] for j in part])
         with torch.no_grad(), arch.at_site(lm.blocks[block], site, seen.append):
             lm.model.base_model(input_ids=ids, attention_mask=tokens.real_tokens(ids, lengths).long())
@@ -227,7 +241,9 @@ def _keys(
     optimiser.step(closure)
     wrong = int((sign * (states @ weight.T + bias) <= 0).sum())
     if wrong:
-        raise ValueError(f"no key tells the facts from the rest ({wrong} tokens are on the wrong side); try another block")
+        raise ValueError(
+            f"{wrong} tokens are on the wrong side of a key: no neuron tells the facts; try another block"
+        )
     return weight.detach(), bias.detach()
 
 
@@ -270,7 +286,7 @@ def _learn(base: LM, encoded: Sequence[Encoded], rest: Sequence[Encoded], steps:
         at = torch.arange(len(part)), torch.tensor([e.position for e in part])
         loss = functional.nll_loss(out[at], torch.tensor([e.target[0] for e in part]))
         with torch.no_grad():
-            was = base.model(input_ids=ids, attention_mask=real.long()).logits.log_softmax(-1)[len(part) :]
+            was = base.model(input_ids=ids[len(part) :], attention_mask=real[len(part) :].long()).logits.log_softmax(-1)
         apart = functional.kl_div(out[len(part) :], was, log_target=True, reduction="none").sum(-1)
         optimiser.zero_grad()
         (loss + apart[real[len(part) :]].mean()).backward()
