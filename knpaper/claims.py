@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
+
+import numpy as np
 
 from kncore import products
 from kncore.models import LM
 from kncore.store import disk
 from knpaper import resources
-from knpaper.records import DECIDING, checksum, package_version, place_of, results_folder, says_the_same
-from knpaper.rules import CLAIMS, Claim
+from knpaper.records import DECIDING, DECLARED, checksum, package_version, place_of, results_folder, says_the_same
+from knpaper.rules import CLAIMS, VERDICTS, Claim
 from knpaper.staleness import code
-from knpaper.stats import Estimate
+from knpaper.stats import Estimate, Sample, repeats
 from knpaper.stored import visible
 
 
@@ -32,19 +35,67 @@ class Verdict:
         """`supported`, `contradicted` or `inconclusive`."""
         return self.claim.verdict(self.estimate)
 
+    @property
+    def side(self) -> str:
+        """`the thesis`, `the paper` or `neither`."""
+        return self.claim.side(self.word)
+
     def __str__(self) -> str:
         return f"{self.word.capitalize()} on {self.model}: {self.claim.statement} {self.claim.metric}: {self.estimate}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        verdict = self.word
-        fields = (self.model, self.claim.statement, self.claim.metric, str(self.estimate), self.claim.rule)
-        model, statement, metric, estimate, rule = (escape(visible(text)) for text in fields)
+        claim, estimate = self.claim, self.estimate
+        details = {
+            "null": claim.control,
+            "unit": claim.unit,
+            "n": f"{estimate.n} {claim.units}",
+            "effect": f"{estimate.value:.2f}",
+            "95 % interval": str(estimate).partition(" ")[2].rpartition(",")[0],
+            "smallest effect that matters": f"{claim.border}" + (f", {claim.smallest}" if claim.smallest else ""),
+            "power": power_in_words(claim, power(claim, estimate)),
+            "speaks for": "nobody: a check of the manipulation" if claim.check else self.side,
+            "exploratory": claim.exploratory,
+        }
+        shown = "".join(f"<dt>{name}</dt><dd>{_safe(text)}</dd>" for name, text in details.items() if text)
+        what = "Check" if claim.check else "Verdict"
         return (
-            f'<div class="verdict {verdict} mathjax_ignore"><strong>{verdict.capitalize()} on {model}.</strong> '
-            f"{statement}<br><em>{metric}</em>: <strong>{estimate}</strong><br><small>Rule: {rule}.</small></div>"
+            f'<div class="verdict {self.word} mathjax_ignore"><strong>{self.word.capitalize()} on {_safe(self.model)}.'
+            f"</strong> {_safe(claim.statement)}<br><em>{_safe(claim.metric)}</em>: <strong>{_safe(estimate)}</strong>"
+            f'<dl aria-label="{what}">{shown}</dl><small>Rule: {_safe(claim.rule)}.</small></div>'
         )
+
+
+def _safe(text: object) -> str:
+    return escape(visible(str(text)))
+
+
+def power(claim: Claim, estimate: Estimate, seed: int = 0) -> dict[str, list[float]]:
+    """Return how often repeats of a study would be judged `supported` and `contradicted`, by what is true.
+
+    Shares of 400 simulated repeats (`stats.repeats`), where the truth is the `null`, the `threshold` or what is
+    `expected`. Empty where the units are not known, or the claim does not say what is true.
+    """
+    if estimate.sample is None or None in (claim.null, claim.expected):
+        return {}
+    found = {}
+    for name in ("null", "threshold", "expected"):
+        studies = repeats(estimate.sample, getattr(claim, name), seed=seed)
+        verdicts = [claim.verdict(study._replace(n=min(study.n, estimate.n))) for study in studies]
+        if verdicts:
+            found[name] = [verdicts.count(word) / len(verdicts) for word in VERDICTS[:2]]
+    return found
+
+
+def power_in_words(claim: Claim, found: Mapping[str, Sequence[float]]) -> str:
+    """Return a sentence on what `power` found; "" where it found nothing."""
+    if not found:
+        return ""
+    return (
+        f"{found['expected'][0]:.2f} to support it if the effect were {claim.expected:g}, {found['null'][1]:.2f} to "
+        f"contradict it if it were {claim.null:g}; false alarms {found['null'][0]:.2f}"
+    )
 
 
 def record(
@@ -65,12 +116,16 @@ def record(
     if known is not None:
         estimate = estimate._replace(n=min(estimate.n, known))
     # Six digits are more than an estimate has: stored records then agree between machines.
-    estimate = Estimate(*(float(f"{value:.6g}") for value in estimate[:3]), int(estimate.n))
+    sample = estimate.sample and Sample(estimate.sample.kind, tuple(map(_rounded, estimate.sample.groups)))
+    estimate = Estimate(*_rounded(estimate[:3]), int(estimate.n), sample)
     claim = CLAIMS[claim_id]
     fields = {
         "claim": claim.id,
-        **{name: getattr(claim, name) for name in ("chapter", "statement", "metric", "rule")},
+        **{name: getattr(claim, name) for name in DECLARED},
         "verdict": claim.verdict(estimate),
+        "side": claim.side(claim.verdict(estimate)),
+        "power": power(claim, estimate),
+        "units": {"kind": sample.kind, "values": [group.tolist() for group in sample.groups]} if sample else {},
         **{name: value if math.isfinite(value) else None for name, value in estimate._asdict().items()},
         "model": lm.name,
         "revision": lm.revision,
@@ -92,6 +147,10 @@ def record(
     else:
         disk.write(target, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
     return Verdict(claim, estimate, lm.name)
+
+
+def _rounded(values: Iterable[float]) -> np.ndarray:
+    return np.array([float(f"{value:.6g}") for value in values])
 
 
 def _today() -> str:

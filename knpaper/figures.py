@@ -412,5 +412,18 @@ def header(lm: LM, *more: str) -> Markdown:
 
 def rules(number: str) -> HTML:
     """Return the table of a chapter's claims and their rules, for a chapter by its number ("08")."""
-    claims = [claim for claim in CLAIMS.values() if claim.chapter == number]
-    return table([{"claim": claim.statement, "metric": claim.metric, "rule": claim.rule} for claim in claims])
+    return table(
+        [
+            {
+                "claim": claim.statement + (" (a check, no claim)" if claim.check else ""),
+                "metric": claim.metric,
+                "null": claim.control,
+                "smallest effect that matters": f"{claim.border}: {claim.smallest}" if claim.smallest else claim.border,
+                "unit, least n": f"{claim.unit}, {claim.min_n}",
+                "expected by the thesis, the paper": f"{claim.thesis or '–'}, {claim.paper or '–'}",
+                "rule": f"exploratory: {claim.exploratory}" if claim.exploratory else f"fixed before: {claim.fixed}",
+            }
+            for claim in CLAIMS.values()
+            if claim.chapter == number
+        ]
+    )

@@ -12,13 +12,18 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from kncore import arch
-from knpaper.rules import CLAIMS, VERDICTS
-from knpaper.stats import Estimate
+from knpaper.rules import CLAIMS, SIDES, VERDICTS
+from knpaper.stats import Estimate, Sample
 from knpaper.stored import UNREADABLE
 
 DECIDING = ("torch", "transformers")  # the packages whose version decides a number
-EARLIER = {"family": next(iter(arch.SPECS)), "data": {}}  # what records of earlier versions lack: they are stale
+DECLARED = ("chapter", "statement", "metric", "rule", "unit", "control", "exploratory")  # by the claim
+# What records of earlier versions lack: they are stale.
+EARLIER = {"family": next(iter(arch.SPECS)), "data": {}, "unit": "", "control": "", "exploratory": ""}
+EARLIER |= {"side": "neither", "power": {}, "units": {}}
 
 
 def results_folder() -> Path:
@@ -66,7 +71,9 @@ def estimate_of(record: Mapping) -> Estimate:
     """Return the estimate of a record."""
     low = -math.inf if record["low"] is None else record["low"]
     high = math.inf if record["high"] is None else record["high"]
-    return Estimate(record["value"], low, high, record["n"])
+    units = record.get("units")
+    sample = Sample(units["kind"], tuple(np.array(group, float) for group in units["values"])) if units else None
+    return Estimate(record["value"], low, high, record["n"], sample)
 
 
 def _check(record: Mapping) -> None:
@@ -78,8 +85,8 @@ def _check(record: Mapping) -> None:
         raise TypeError("it is no mapping")
     json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # refuses infinity and halves of characters
     record = {**EARLIER, **record}
-    texts = "claim chapter statement metric rule verdict model revision family dtype source code".split()
-    numbers, others = "value low high n seed".split(), ["parameters", "data", "versions"]
+    texts = [*DECLARED, *"claim verdict side model revision family dtype source code".split()]
+    numbers, others = "value low high n seed".split(), ["parameters", "data", "versions", "power", "units"]
     if missing := [name for name in (*texts, *numbers, *others) if name not in record]:
         raise KeyError(f"no {', '.join(missing)}")
     for name in (*texts, *({"date", "checksum", "products"} & record.keys())):
@@ -91,7 +98,7 @@ def _check(record: Mapping) -> None:
         if not finite and not (value is None and name in ("low", "high")):
             raise TypeError(f"its {name} is {value!r:.80}, and a {'whole ' * whole}number is expected")
     if not all(isinstance(record[name], dict) for name in others):
-        raise TypeError("its parameters, data and versions are not names with values")
+        raise TypeError(f"its {', '.join(others)} are not names with values")
     if not all(isinstance(version, str) for version in (record["versions"]["kncore"], *record["versions"].values())):
         raise TypeError("its versions are not names with texts")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in record["data"]):
@@ -100,6 +107,10 @@ def _check(record: Mapping) -> None:
         raise ValueError(f"its chapter is {record['chapter']!r:.80}, its family {record['family']!r:.80}")
     CLAIMS[record["claim"]].verdict(estimate_of(record))
     VERDICTS.index(record["verdict"])
+    SIDES.index(record["side"])
+    for name, pair in record["power"].items():
+        if name not in ("null", "threshold", "expected") or not all(0 <= x <= 1 for x in map(float, pair)):
+            raise ValueError(f"its power is {record['power']!r:.80}")
 
 
 def read_records(results: Path) -> list[Mapping]:

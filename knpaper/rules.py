@@ -12,6 +12,7 @@ from knpaper import resources
 from knpaper.stats import Estimate
 
 VERDICTS = ("supported", "contradicted", "inconclusive")
+SIDES = ("the thesis", "the paper", "neither")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,11 @@ class Claim:
 
     `kind` "above": supported if the whole interval lies above `threshold`, contradicted if it lies below. "within":
     supported if the whole interval lies within ±`threshold` of zero, contradicted if it lies outside on one side.
-    Otherwise, and with fewer than `min_n` independent units, inconclusive.
+    Otherwise, and with fewer than `min_n` independent units, inconclusive. So the threshold is the smallest effect that
+    matters; `smallest` says why. `unit` was treated and is resampled; `control` is the null in words and `null` the
+    metric where it holds; `expected` is the metric that a run should not miss. `thesis` and `paper` are the verdicts
+    that the two expect, "" for none. Metric and rule were `fixed` in a commit before their number was known, or the
+    claim is `exploratory`, for a reason. A `check` of the manipulation is no claim and speaks for nobody.
     """
 
     id: str
@@ -31,6 +36,26 @@ class Claim:
     kind: str
     threshold: float
     min_n: int
+    unit: str = ""
+    control: str = ""
+    null: float | None = None
+    expected: float | None = None
+    smallest: str = ""
+    thesis: str = ""
+    paper: str = ""
+    fixed: str = ""
+    exploratory: str = ""
+    check: bool = False
+
+    @property
+    def units(self) -> str:
+        """What is counted, in the plural."""
+        return f"{self.unit or 'unit'}s"
+
+    @property
+    def border(self) -> str:
+        """The smallest effect that matters, in short: `> 0.5`, `within ±0.1`."""
+        return f"> {self.threshold:g}" if self.kind == "above" else f"within ±{self.threshold:g}"
 
     @property
     def rule(self) -> str:
@@ -41,7 +66,7 @@ class Claim:
             yes, no = f"within ±{self.threshold:g}", f"outside ±{self.threshold:g}, on one side"
         return (
             f"supported if the whole 95 % interval lies {yes}, contradicted if it lies {no}, "
-            f"otherwise (or with n < {self.min_n}) inconclusive"
+            f"otherwise (or with fewer than {self.min_n} {self.units}) inconclusive"
         )
 
     def verdict(self, estimate: Estimate) -> str:
@@ -55,5 +80,22 @@ class Claim:
         yes, no = (low > t, high < t) if self.kind == "above" else (low > -t and high < t, low > t or high < -t)
         return "supported" if yes else "contradicted" if no else "inconclusive"
 
+    def side(self, verdict: str) -> str:
+        """Return for whom a verdict speaks: whoever alone expected it, of the thesis and the paper; else `neither`."""
+        expecting = [name for name in ("thesis", "paper") if getattr(self, name) == verdict]
+        return f"the {expecting[0]}" if len(expecting) == 1 and not self.check else "neither"
+
+    @property
+    def missing(self) -> list[str]:
+        """What the declaration does not say: names of fields."""
+        empty = [name for name in ("unit", "control", "smallest") if not getattr(self, name)]
+        empty += [name for name in ("null", "expected") if getattr(self, name) is None]
+        if bool(self.fixed) == bool(self.exploratory):
+            empty.append("fixed or exploratory")
+        if not self.check and not (self.thesis or self.paper):
+            empty.append("thesis or paper")
+        return empty
+
 
 CLAIMS = {claim_id: Claim(claim_id, **fields) for claim_id, fields in resources.toml("claims.toml").items()}
+WITHDRAWN = resources.toml("withdrawn.toml")  # by id: what a claim said, and why it is one no more

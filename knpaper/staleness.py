@@ -15,7 +15,7 @@ from knpaper import resources, stored, tasks
 from knpaper.records import DECIDING, EARLIER, checksum, estimate_of, package_version
 from knpaper.rules import CLAIMS, Claim
 
-PARTS = ("statement", "rule", "metric")  # of a claim
+PARTS = ("statement", "rule", "metric", "unit", "control", "exploratory")  # of a claim
 
 
 def find_notebook(chapter: str) -> Path | None:
@@ -68,7 +68,7 @@ def stale(record: Mapping) -> list[str]:
     if record["checksum"] != checksum(record):
         return ["edited after it was recorded"]
     if not EARLIER.keys() <= record.keys():
-        return ["recorded by an earlier kncore, which did not say what data it read"]
+        return ["recorded by an earlier kncore, which did not say all that is known of a record now"]
     claim, notebook = CLAIMS[record["claim"]], find_notebook(record["chapter"])
     found = {
         "the code has changed since": record["code"] != code(claim, record["family"], notebook),

@@ -17,6 +17,18 @@ from statsmodels.stats.proportion import proportion_confint
 from kncore import checks
 
 RESAMPLES = 5000
+FEW = 10  # units: with fewer a bootstrap's interval is too narrow, and Student's is taken
+
+
+class Sample(NamedTuple):
+    """The units behind an estimate: a value each, in one group ("mean", "share") or in two ("difference").
+
+    Of a statistic that is no mean they are the jackknife's pseudo-values, n·T − (n − 1)·T without the unit, whose mean
+    is near T and whose spread is that of T.
+    """
+
+    kind: str
+    groups: tuple[np.ndarray, ...]
 
 
 class Estimate(namedtuple("Estimate", "value low high n")):
@@ -24,12 +36,13 @@ class Estimate(namedtuple("Estimate", "value low high n")):
 
     The ends may be infinite; of no units (n = 0) all three may be nan. Raises ValueError for anything else that is not
     a number, an n that is not a whole number from 0 on, and an interval whose lower end is above its upper one. A value
-    may lie outside: percentiles of a bootstrap are not centred on it.
+    may lie outside: percentiles of a bootstrap are not centred on it. `sample` has the units that it was made of, where
+    they are known; it takes no part in comparisons.
     """
 
-    __slots__ = ()
+    sample: Sample | None
 
-    def __new__(cls, value: float, low: float, high: float, n: int) -> Estimate:
+    def __new__(cls, value: float, low: float, high: float, n: int, sample: Sample | None = None) -> Estimate:
         if isinstance(n, float | np.floating) and float(n).is_integer():
             n = int(n)  # a column of counts that pandas holds as floats
         n = checks.whole(n, "n of an estimate", 0)
@@ -39,11 +52,18 @@ class Estimate(namedtuple("Estimate", "value low high n")):
             raise ValueError(f"the estimate {(value, low, high)} of {n} units is not a number with its interval")
         if low > high:
             raise ValueError(f"the interval of an estimate goes from {low:g} up to {high:g}; its ends are exchanged")
-        return super().__new__(cls, value, low, high, n)
+        made = super().__new__(cls, value, low, high, n)
+        made.sample = sample
+        return made
 
     @classmethod
     def _make(cls, fields) -> Estimate:
         return cls(*fields)
+
+    def _replace(self, **fields) -> Estimate:
+        made = super()._replace(**fields)
+        made.sample = self.sample
+        return made
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
@@ -103,9 +123,13 @@ def _spread(units: np.ndarray) -> np.ndarray:
 
 
 def mean(values: Sequence[float], clusters: Sequence | None = None, seed: int = 0) -> Estimate:
-    """Return the mean over clusters with a bootstrap interval (BCa; clusters are resampled, not values)."""
+    """Return the mean over clusters with a bootstrap interval (BCa; clusters are resampled, not values).
+
+    Of fewer than ten clusters the interval is Student's.
+    """
     units = _spread(cluster_means(values, clusters))
-    return Estimate(units.mean(), *_bootstrap((units,), np.mean, seed), len(units))
+    limits = _interval((units,), np.mean, seed)
+    return Estimate(units.mean(), *limits, len(units), Sample("mean", (units,)))
 
 
 def difference(
@@ -116,7 +140,8 @@ def difference(
 ) -> Estimate:
     """Return the mean of `first` minus that of `second`, independent groups, with a bootstrap interval.
 
-    n is the smaller group; `clusters` are those of the first group and those of the second.
+    n is the smaller group; `clusters` are those of the first group and those of the second. With fewer than ten in a
+    group the interval is Student's, for unequal variances (Welch).
     """
     if clusters is not None and len(clusters) != 2:
         raise ValueError(f"clusters are two lists, one for each group; got {len(clusters)} of them")
@@ -125,7 +150,9 @@ def difference(
     def gap(a, b, axis=-1):
         return np.mean(a, axis=axis) - np.mean(b, axis=axis)
 
-    return Estimate(gap(a, b), *_bootstrap((a, b), gap, seed), min(len(a), len(b)))
+    n = min(len(a), len(b))
+    limits = _interval((a, b), gap, seed)
+    return Estimate(gap(a, b), *limits, n, Sample("difference", (a, b)))
 
 
 def share(flags: Sequence[bool], clusters: Sequence | None = None) -> Estimate:
@@ -138,7 +165,8 @@ def share(flags: Sequence[bool], clusters: Sequence | None = None) -> Estimate:
     if not np.isin(flags, (0, 1)).all():
         raise ValueError(f"expected outcomes that are true or false, got {flags[~np.isin(flags, (0, 1))][0]}")
     units = _means(flags, _labels(clusters))
-    return Estimate(units.mean(), *proportion_confint(units.sum(), len(units), method="wilson"), len(units))
+    limits = proportion_confint(units.sum(), len(units), method="wilson")
+    return Estimate(units.mean(), *limits, len(units), Sample("share", (units,)))
 
 
 def runs(values: Sequence[float]) -> Estimate:
@@ -149,8 +177,7 @@ def runs(values: Sequence[float]) -> Estimate:
     units = _spread(cluster_means(values))
     if len(units) < 2:
         raise ValueError(f"{len(units)} run has no spread; an interval over runs needs two or more")
-    value, half = units.mean(), stats.t.ppf(0.975, len(units) - 1) * stats.sem(units)
-    return Estimate(value, value - half, value + half, len(units))
+    return Estimate(units.mean(), *_student(units.mean(), [units]), len(units), Sample("mean", (units,)))
 
 
 def paired(before: Sequence[float], after: Sequence[float], clusters: Sequence | None = None, seed: int = 0) -> Paired:
@@ -268,7 +295,7 @@ def ratio(
     low, high = _bootstrap((top, bottom), below, seed, jointly=True)
     near_zero = low <= 0 <= high
     limits = (-math.inf, math.inf) if near_zero else _bootstrap((top, bottom), _over, seed, jointly=True)
-    return Estimate(_over(top, bottom), *limits, len(top))
+    return Estimate(_over(top, bottom), *limits, len(top), _jackknife((top, bottom), _over, jointly=True))
 
 
 def relative_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Estimate:
@@ -286,7 +313,7 @@ def relative_difference(first: Sequence[float], second: Sequence[float], seed: i
 
     near_zero = base.low <= 0 <= base.high
     limits = (-math.inf, math.inf) if near_zero else _bootstrap((a, b), excess, seed)
-    return Estimate(excess(a, b), *limits, min(len(a), len(b)))
+    return Estimate(excess(a, b), *limits, min(len(a), len(b)), _jackknife((a, b), excess))
 
 
 def separation(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Estimate:
@@ -301,7 +328,8 @@ def separation(first: Sequence[float], second: Sequence[float], seed: int = 0) -
         gaps = np.sign(a[..., :, None] - b[..., None, :])
         return (gaps.mean(axis=(-2, -1)) + 1) / 2
 
-    return Estimate(float(area(a, b)), *_bootstrap((a, b), area, seed), min(len(a), len(b)))
+    limits = _bootstrap((a, b), area, seed)
+    return Estimate(float(area(a, b)), *limits, min(len(a), len(b)), _jackknife((a, b), area))
 
 
 def rank_correlation(
@@ -322,7 +350,8 @@ def rank_correlation(
         size = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
         return np.divide((x * y).sum(axis), size, out=np.zeros_like(size), where=size > 0)
 
-    return Estimate(spearman(a, b), *_bootstrap((a, b), spearman, seed, jointly=True), len(a))
+    limits = _bootstrap((a, b), spearman, seed, jointly=True)
+    return Estimate(spearman(a, b), *limits, len(a), _jackknife((a, b), spearman, jointly=True))
 
 
 def regression(
@@ -378,7 +407,90 @@ def regression(
     robust = {"cov_type": "HC3"} if clusters is None else {"cov_type": "cluster", "cov_kwds": {"groups": groups}}
     fit = OLS(values[:, 0], np.column_stack([ones, values[:, 1:]])).fit(use_t=True, **robust)
     slopes = np.column_stack([fit.params, fit.conf_int()])[1:].tolist()
-    return {name: Estimate(*slope, units) for name, slope in zip(predictors, slopes, strict=True)}
+    fixed = np.column_stack([ones, values[:, 1:]])
+    left = [np.linalg.lstsq(fixed[groups != unit], values[groups != unit, 0])[0] for unit in range(units)]
+    pseudo = (units * fit.params - (units - 1) * np.array(left))[:, 1:].T
+    return {
+        name: Estimate(*slope, units, Sample("mean", (each,)))
+        for name, slope, each in zip(predictors, slopes, pseudo, strict=True)
+    }
+
+
+def repeats(sample: Sample, truth: float, count: int = 400, seed: int = 0) -> list[Estimate]:
+    """Return what `count` repeats of a study would estimate if the true value were `truth`.
+
+    Their units are drawn from those of the sample, with its spread about the truth; where a group has fewer than ten,
+    which tell little of their distribution, from a normal one of the same spread; the outcomes of a share true or
+    false, which is the widest that a share can spread. Intervals are as in `mean`, `difference` and `share`,
+    but where these take a bootstrap (BCa) this one is by percentiles of 400 resamples. Empty where a group has fewer
+    than two units.
+    """
+    rng = np.random.default_rng(checks.whole(seed, "seed", 0))
+    if any(len(group) < 2 for group in sample.groups):
+        return []
+    n = min(map(len, sample.groups))
+    if sample.kind == "share":
+        drawn = rng.binomial(n, min(max(truth, 0.0), 1.0), count)
+        limits = proportion_confint(drawn, np.full(count, n), method="wilson")
+        return [Estimate(*row, n) for row in zip(drawn / n, *limits, strict=True)]
+    drawn, resampled = [], []
+    for group in sample.groups:
+        size = len(group)
+        if n < FEW:
+            drawn.append(rng.normal(0, group.std(ddof=1), (count, size)))
+            continue
+        centred = (group - group.mean()) * math.sqrt(size / (size - 1))
+        drawn.append(rng.choice(centred, (count, size)))
+        resampled.append(drawn[-1] @ rng.multinomial(size, np.full(size, 1 / size), 400).T / size)
+    sign = (1, -1)
+    values = truth + sum(s * units.mean(1) for s, units in zip(sign, drawn, strict=False))
+    if n < FEW:
+        rows = zip(values, *drawn, strict=True)
+        return [Estimate(value, *_student(value, units), n) for value, *units in rows]
+    spread = truth + sum(s * means for s, means in zip(sign, resampled, strict=False))
+    return [Estimate(*row, n) for row in zip(values, *np.percentile(spread, [2.5, 97.5], axis=1), strict=True)]
+
+
+def _jackknife(groups: tuple[np.ndarray, ...], statistic, jointly: bool = False) -> Sample | None:
+    """Return the pseudo-values of a statistic of two groups, or of pairs; None where one is not finite."""
+    value = float(statistic(*groups))
+    if jointly:
+        n = len(groups[0])
+        left = [float(statistic(*(np.delete(group, i) for group in groups))) for i in range(n)] if n > 2 else []
+        pseudo = [n * value - (n - 1) * np.array(left)]
+    else:
+        pseudo = []
+        for which, group in enumerate(groups):
+            n, pair = len(group), list(groups)
+            left = []
+            for i in range(n if n > 1 else 0):
+                pair[which] = np.delete(group, i)
+                left.append(float(statistic(*pair)))
+            pseudo.append(n * value - (n - 1) * np.array(left))
+        pseudo[1] = value - pseudo[1]
+    if not all(len(units) and np.isfinite(units).all() for units in pseudo):
+        return None
+    return Sample("mean" if jointly else "difference", tuple(pseudo))
+
+
+def _interval(groups: tuple[np.ndarray, ...], statistic, seed: int) -> tuple[float, float]:
+    """Return Student's interval of a mean or a difference where a group is small, else the bootstrap's."""
+    if min(map(len, groups)) >= FEW:
+        return _bootstrap(groups, statistic, seed)
+    checks.whole(seed, "seed", 0)
+    return _student(float(statistic(*groups)), groups)
+
+
+def _student(value: float, groups: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Return Student's interval of a mean, or Welch's of a difference of two; endless where a group has one unit."""
+    if any(len(group) < 2 for group in groups):
+        return -math.inf, math.inf
+    parts = np.array([group.var(ddof=1) / len(group) for group in groups])
+    if not parts.sum():
+        return float(value), float(value)
+    degrees = parts.sum() ** 2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    half = float(stats.t.ppf(0.975, degrees) * math.sqrt(parts.sum()))
+    return value - half, value + half
 
 
 def _pair(first: Sequence[float], second: Sequence[float], clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:

@@ -115,4 +115,4 @@ def test_html_of_a_verdict_escapes_what_it_shows():
     html = Verdict(claim, CLEAR, "<script>alert(1)</script>")._repr_html_()
     assert "<script" not in html and "<b>" not in html and "<i>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "&amp; more" in html
-    assert "n &lt; 30" in html
+    assert "fewer than 30 units" in html

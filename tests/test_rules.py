@@ -66,7 +66,7 @@ def test_no_verdict_on_an_interval_that_lies_beyond_all_numbers(end):
 def test_rules_in_words_name_threshold_and_n():
     assert ABOVE.rule == (
         "supported if the whole 95 % interval lies above 0.5, contradicted if it lies below 0.5, "
-        "otherwise (or with n < 30) inconclusive"
+        "otherwise (or with fewer than 30 units) inconclusive"
     )
     assert "within ±0.5" in WITHIN.rule and "outside ±0.5, on one side" in WITHIN.rule
 
@@ -77,8 +77,11 @@ def test_declared_claims_are_whole(name):
     assert claim.id == name and re.fullmatch(r"[a-z]+(-[a-z]+)*", name)
     assert re.fullmatch(r"0[1-9]|[1-9][0-9]", claim.chapter)
     assert claim.kind in ("above", "within")
-    assert math.isfinite(claim.threshold) and claim.min_n >= 10
+    assert math.isfinite(claim.threshold) and claim.min_n >= 3
     assert claim.threshold > 0 if claim.kind == "within" else claim.threshold >= 0
+    assert claim.missing == [] and {claim.thesis, claim.paper} <= {"supported", "contradicted", ""}
+    assert claim.verdict(Estimate(claim.expected, claim.expected, claim.expected, claim.min_n)) == "supported"
+    assert claim.verdict(Estimate(claim.null, claim.null, claim.null, claim.min_n)) == "contradicted"
     assert claim.statement.endswith(".") and claim.metric and claim.section
 
 

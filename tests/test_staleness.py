@@ -162,7 +162,9 @@ def test_a_record_of_an_earlier_version_is_read_and_stale(results):
     path = next(results.glob("*/*.json"))
     earlier = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("family", "data")}
     path.write_text(json.dumps(earlier | {"checksum": checksum(earlier)}))
-    assert stale(read_records(results)[0]) == ["recorded by an earlier kncore, which did not say what data it read"]
+    assert stale(read_records(results)[0]) == [
+        "recorded by an earlier kncore, which did not say all that is known of a record now"
+    ]
 
 
 @pytest.mark.kind("identity", own=True)
