@@ -24,7 +24,7 @@ from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, 
 from knbook.errors import UsageError
 from kncore import zoo
 from knpaper import claims, corpus, stored
-from knpaper.records import effect, read_records
+from knpaper.records import column_of, effect, read_records
 from knpaper.rules import VERDICTS
 from knpaper.staleness import stale
 
@@ -35,7 +35,10 @@ FINDINGS = tomllib.loads((files("knbook") / "templates" / "findings.toml").read_
 
 @dataclass(frozen=True)
 class Book:
-    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names."""
+    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names.
+
+    Records are by claim and by model, "model, public data" where the data are not the project's own.
+    """
 
     root: Path
     chapters: Mapping[str, Chapter]
@@ -49,9 +52,10 @@ class Book:
 
     @property
     def models(self) -> list[str]:
-        """The notebooks' own models, then all others with a record."""
+        """The notebooks' own models, on whatever data, then all others with a record."""
         own = {str(chapter.defaults["model"]) for chapter in self.chapters.values() if "model" in chapter.defaults}
-        return [*sorted(own), *sorted({model for _, model in self.records} - own)]
+        rest = {name for _, name in self.records} - own
+        return [*sorted(own), *sorted(rest, key=lambda name: (name.partition(", ")[0] not in own, name))]
 
     def page(self, number: str, model: str | None = None) -> str:
         """Return the page of a chapter, or of its run on another model; "" where the book has none."""
@@ -65,7 +69,7 @@ class Book:
 
 def load(root: Path, names: Iterable[str] = ()) -> Book:
     """Return the book in a folder, with pages of these names; ValueError where a record or a notebook is none."""
-    records = {(r["claim"], r["model"]): {**r, "stale": stale(r)} for r in read_records(root / "results")}
+    records = {(r["claim"], column_of(r)): {**r, "stale": stale(r)} for r in read_records(root / "results")}
     return Book(root, {chapter.number: chapter for chapter in chapters(root)}, records, frozenset(names))
 
 

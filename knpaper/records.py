@@ -40,8 +40,19 @@ def package_version(name: str = "kncore") -> str:
 
 
 def place_of(record: Mapping) -> Path:
-    """Return where a record lies below the folder of results."""
-    return Path(record["model"].replace("/", "--"), f"{record['claim']}.json")
+    """Return where a record lies below the folder of results: by model, and by source where that is not the own."""
+    folder = record["model"].replace("/", "--")
+    return Path(folder if is_own(record) else f"{folder}@{record['source']}", f"{record['claim']}.json")
+
+
+def is_own(record: Mapping) -> bool:
+    """Return whether a record is of data of this project, or of none: of facts and grammars, or of the corpus."""
+    return record["source"] in ("own", "corpus")
+
+
+def column_of(record: Mapping) -> str:
+    """Return under what name tables show a record: its model, with the data where they are not the project's own."""
+    return record["model"] if is_own(record) else f"{record['model']}, {record['source']} data"
 
 
 def checksum(record: Mapping) -> str:
@@ -120,7 +131,7 @@ def read_records(results: Path) -> list[Mapping]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             _check(record)
-            place = list(CLAIMS).index(record["claim"]), record["model"]
+            place = list(CLAIMS).index(record["claim"]), column_of(record)
             if path != results / place_of(record):
                 raise ValueError(f"its place is {place_of(record).as_posix()}")
         except (*UNREADABLE, KeyError) as error:

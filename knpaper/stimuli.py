@@ -45,8 +45,8 @@ def relations(source: str = "own") -> list[str]:
 
 
 def phenomena(source: str = "own") -> list[str]:
-    """Return the phenomena that the chapters ask about: of the project's own grammars, or those of BLiMP that the source
-    holds; of what is fetched, all."""
+    """Return the phenomena that the chapters ask about: of the project's own grammars, or the paradigms of BLiMP that
+    the source holds; of what is fetched, all."""
     if source in ("own", "public"):
         return grammar.phenomena() if source == "own" else list(PARADIGMS)
     return [name for name in PARADIGMS if files.holds(files.source("blimp", name), source)]

@@ -15,7 +15,7 @@ from knpaper.datasets.files import PUNCTUATION
 
 @functools.lru_cache(maxsize=1)
 def _data(file: Path, changed: int) -> dict:
-    """Return what the file holds that was last `changed` then: reading it takes a second, and there are many relations."""
+    """Return what the file holds, which was last `changed` then: reading takes a second, and relations are many."""
     return files.read_json(file, dict)
 
 
