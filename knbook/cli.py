@@ -1,4 +1,4 @@
-"""The command line: python -m kncore run | public | book | render | pdf | sweep | merge | fetch | cache | readme."""
+"""The command line: python -m kncore run | public | book | render | pdf | claims | sweep | merge | fetch | …"""
 
 from __future__ import annotations
 
@@ -159,6 +159,39 @@ def readme(debug: Debug = False) -> None:
     with refused():
         table = pages.readme(root)
     write(root / "README.md", table)
+
+
+@app.command()
+def claims(
+    audit: Annotated[bool, Option("--audit", help="say what each claim lacks; exit with 1 if one does")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the verdicts; with --audit say what each claim lacks, and what a run gives where its null holds."""
+    from knbook import checkout
+    from knpaper.audit import audit as audited
+    from knpaper.audit import multiplicity
+    from knpaper.records import effect, read_records
+
+    with refused():
+        records = read_records(checkout.find_root() / "results")
+        rows = audited(records) if audit else None
+    if rows is None:
+        for record in records:
+            shown = f"{record['claim']:32}{record['model']:24}{record['verdict']:14}{effect(record)}"
+            _say(f"{shown}, n = {record['n']} {record['unit']}, speaks for {record['side']}")
+        return
+    for row in rows.itertuples(index=False):
+        numbers = "" if row[3] != row[3] else f"n {row[2]:.0f}, if null {row[3]:.2f}, if expected {row[4]:.2f}"
+        said = "; ".join([*(f"FAULT: {fault}" for fault in row.faults), *row.notes])
+        _say(f"{row.claim:32}{row.model:24}{numbers:38}{said}".rstrip())
+    found = multiplicity(records)
+    _say(
+        f"{found['verdicts']:.0f} verdicts, {found['decided']:.0f} decided; if every value lay at its threshold, "
+        f"{found['by chance']:.0f} would be decided by chance; {found['surviving']:.0f} of the decided ones survive "
+        "Holm's correction over all of them"
+    )
+    if faulty := sum(bool(faults) for faults in rows.faults):
+        raise RunError(f"{faulty} of {len(rows)} rows have a fault")
 
 
 @app.command()
