@@ -24,8 +24,9 @@ from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, 
 from knbook.errors import UsageError
 from kncore import zoo
 from knpaper import claims, corpus, stored
+from knpaper.figures import FACTS, GRAMMAR
 from knpaper.records import column_of, effect, read_records
-from knpaper.rules import VERDICTS
+from knpaper.rules import VERDICTS, Claim
 from knpaper.staleness import stale
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
@@ -125,6 +126,40 @@ def matrix(book: Book) -> dict:
     return {"claims": claims.CLAIMS.values(), "models": book.models, "records": _records(book), "page": book.page}
 
 
+def agreement(book: Book) -> dict:
+    """Return the claims with a record of the default model on the project's own data and on public ones, drawn beside
+    each other, and how many verdicts are the same and how many opposite."""
+    rows = []
+    for claim in claims.CLAIMS.values():
+        pair = [book.records.get((claim.id, f"{book.model}{data}")) for data in ("", ", public data")]
+        if None not in pair:
+            rows.append({"claim": claim, "page": book.page(claim.chapter), **_beside(claim, *pair)})
+    verdicts = [{row["own"]["verdict"], row["public"]["verdict"]} for row in rows]
+    same = sum(len(pair) == 1 for pair in verdicts)
+    return {"rows": rows, "same": same, "opposite": sum(pair == {*VERDICTS[:2]} for pair in verdicts)}
+
+
+def _beside(claim: Claim, own: Mapping, public: Mapping) -> dict:
+    """Return two records of a claim and their places in pixels on one axis that holds both and the rule's border.
+
+    An end that the data do not bound goes to the end of the axis.
+    """
+    borders = [claim.threshold] if claim.kind == "above" else [-claim.threshold, claim.threshold]
+    shown = [x for r in (own, public) for x in (r["low"], r["value"], r["high"]) if x is not None] + borders
+    first, last = min(shown), max(shown)
+
+    def at(x: float | None, end: float) -> str:
+        return f"{8 + 204 * ((end if x is None else x) - first) / (last - first or 1):.1f}"
+
+    bars = []
+    for record, name, y in ((own, "own data", 12), (public, "public data", 30)):
+        ends = {"low": at(record["low"], first), "value": at(record["value"], 0), "high": at(record["high"], last)}
+        colour = FACTS if record is own else GRAMMAR
+        bars.append({**ends, "y": y, "colour": colour, "title": f"{name}: {effect(record)}, n = {record['n']}"})
+    ends = [f"{x:.2g}" for x in (first, last)]
+    return {"own": own, "public": public, "bars": bars, "borders": [at(x, 0) for x in borders], "ends": ends}
+
+
 def _records(book: Book) -> dict:
     """Return the records by claim and model, None where there is none."""
     return {(claim, model): book.records.get((claim, model)) for claim in claims.CLAIMS for model in book.models}
@@ -191,6 +226,7 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "marks": marks,
     "filter": choices,
     "matrix": matrix,
+    "agreement": agreement,
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},

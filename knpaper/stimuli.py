@@ -21,7 +21,7 @@ RELATIONS = {
     "own": ("capital", "country_of_capital", "official_language", "native_language", "field_of_work", "occupation"),
     "public": (  # of ParaRel: those with five patterns that end in [MASK]
         *("P36", "P1376", "P101", "P106", "P19", "P176", "P138", "P159", "P178", "P20", "P264", "P27", "P39", "P449"),
-        *("P495", "P740", "P937"),
+        *("P47", "P495", "P740", "P937"),
     ),
 }
 PARADIGMS = (  # of BLiMP: those in which what stands before the word decides on it, as a causal model needs it
