@@ -46,8 +46,8 @@ def place_of(record: Mapping) -> Path:
 
 
 def is_own(record: Mapping) -> bool:
-    """Return whether a record is of data of this project, or of none: of facts and grammars, or of the corpus."""
-    return record["source"] in ("own", "corpus")
+    """Return whether a record is of this project's data: of its facts and grammars, or of its corpus."""
+    return not re.fullmatch("public|folder@[0-9a-f]{8}", record["source"])
 
 
 def column_of(record: Mapping) -> str:
