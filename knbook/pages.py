@@ -139,6 +139,16 @@ def agreement(book: Book) -> dict:
     return {"rows": rows, "same": same, "opposite": sum(pair == {*VERDICTS[:2]} for pair in verdicts)}
 
 
+def localisation(book: Book) -> dict:
+    """Return chapter 3's tables of how local relations and conditions are, of own and of public data."""
+    found = {}
+    for label, folder in (("own data", book.model), ("public data", f"{book.model}@public")):
+        path = book.root / "results" / folder / "localisation.tsv"
+        if path.is_file():
+            found[label] = pd.read_csv(path, sep="\t").to_dict("records")
+    return {"tables": found}
+
+
 def _beside(claim: Claim, own: Mapping, public: Mapping) -> dict:
     """Return two records of a claim and their places in pixels on one axis that holds both and the rule's border.
 
@@ -227,6 +237,7 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "filter": choices,
     "matrix": matrix,
     "agreement": agreement,
+    "localisation": localisation,
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},

@@ -13,8 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from kncore import arch
+from kncore.store import disk
+from knpaper.datasets import files
 from knpaper.rules import CLAIMS, SIDES, VERDICTS
 from knpaper.stats import Estimate, Sample
 from knpaper.stored import UNREADABLE
@@ -41,8 +44,19 @@ def package_version(name: str = "kncore") -> str:
 
 def place_of(record: Mapping) -> Path:
     """Return where a record lies below the folder of results: by model, and by source where that is not the own."""
+    return folder_of(record) / f"{record['claim']}.json"
+
+
+def folder_of(record: Mapping) -> Path:
+    """Return the folder of a record below that of results; only its `model` and `source` are read."""
     folder = record["model"].replace("/", "--")
-    return Path(folder if is_own(record) else f"{folder}@{record['source']}", f"{record['claim']}.json")
+    return Path(folder if is_own(record) else f"{folder}@{record['source']}")
+
+
+def keep_table(name: str, model: str, source: str, table: pd.DataFrame) -> None:
+    """Write `<name>.tsv` beside the records of a model and a source: numbers, and names of what they are of."""
+    folder = results_folder() / folder_of({"model": model, "source": files.named(source)})
+    disk.write(folder / f"{name}.tsv", table.to_csv(sep="\t", index=False))
 
 
 def is_own(record: Mapping) -> bool:
