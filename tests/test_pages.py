@@ -158,13 +158,13 @@ def put(folder: Path, claim: str, model: str, monkeypatch, **changes) -> Path:
 
 def test_the_book_keeps_the_dates_of_unchanged_records_and_no_claim_that_is_no_longer_recorded(tmp_path, monkeypatch):
     new, old = tmp_path / "new", tmp_path / "toy" / "results"
-    told = [put(new, claim, "tiny", monkeypatch) for claim in ("fact-has-neurons", "fact-owns-neuron")]
+    told = [put(new, claim, "tiny", monkeypatch) for claim in ("fact-search", "fact-owner")]
     source = "import json, os, pathlib\nfolder = pathlib.Path(os.environ['KNCORE_RESULTS'], 'tiny')\nfolder.mkdir()\n"
     source += "\n".join(f"_ = (folder / {p.name!r}).write_text({p.read_text()!r})" for p in told)
     toy = make_checkout(tmp_path / "toy", n01_toy=notebook(source))
     (toy / "_config.yml").touch()
-    put(old, "fact-has-neurons", "tiny", monkeypatch, date="2020-02-02")
-    put(old, "fact-owns-neuron", "tiny", monkeypatch, date="2020-02-02", value=0.7)
+    put(old, "fact-search", "tiny", monkeypatch, date="2020-02-02")
+    put(old, "fact-owner", "tiny", monkeypatch, date="2020-02-02", value=0.7)
     put(old, "equally-few", "tiny", monkeypatch, date="2020-02-02")
     put(old, "equally-few", "other", monkeypatch, date="2020-02-02")
 
@@ -180,8 +180,8 @@ def test_the_book_keeps_the_dates_of_unchanged_records_and_no_claim_that_is_no_l
     dates = {(told["claim"], told["model"]): told["date"] for told in read_records(staging / "results")}
     today = json.loads(told[0].read_text())["date"]
     assert dates == {
-        ("fact-has-neurons", "tiny"): "2020-02-02",
-        ("fact-owns-neuron", "tiny"): today,
+        ("fact-search", "tiny"): "2020-02-02",
+        ("fact-owner", "tiny"): today,
         ("equally-few", "other"): "2020-02-02",
     }
     rows = body(shown(staging, "provenance"))
@@ -216,7 +216,7 @@ def lines(cell) -> list[str]:
 def test_the_matrix_has_a_row_for_each_claim_and_a_column_for_each_model(toy, monkeypatch):
     for claim in claims.CLAIMS:
         put(toy / "results", claim, "tiny", monkeypatch)
-    put(toy / "results", "fact-has-neurons", "z", monkeypatch)
+    put(toy / "results", "fact-search", "z", monkeypatch)
     put(toy / "results", "equally-few", "a/b@c", monkeypatch)
     page = shown(toy, "matrix")
     assert [head.get_text() for head in page.select("thead th")] == ["Claim", "tiny", "a/b@c", "z"]
@@ -232,28 +232,28 @@ def test_the_matrix_has_a_row_for_each_claim_and_a_column_for_each_model(toy, mo
         (claim, column) for claim, cells in rows.items() for column in (2, 3) if lines(cells[column]) == ["not run"]
     }
     assert len(empty) == 2 * len(rows) - 2
-    assert not empty & {("fact-has-neurons", 3), ("equally-few", 2)}
+    assert not empty & {("fact-search", 3), ("equally-few", 2)}
 
 
 def test_a_cell_leads_to_the_chapter_or_the_run_that_it_came_from(toy, monkeypatch):
     for model in ("tiny", "owner/ran", "unran"):
-        for claim in ("fact-has-neurons", "grammar-has-neurons"):
+        for claim in ("fact-search", "grammar-search"):
             put(toy / "results", claim, model, monkeypatch)
     nbformat.write(notebook(), toy / "notebooks" / "02-not-in-the-contents.ipynb")
     page = shown(toy, "matrix", ["notebooks/01-toy", "book/runs/owner--ran/01-toy"])
     rows = dict(zip(claims.CLAIMS, body(page), strict=True))
-    links = [[a["href"] for a in cell.find_all("a")] for cell in rows["fact-has-neurons"]]
+    links = [[a["href"] for a in cell.find_all("a")] for cell in rows["fact-search"]]
     assert links == [["notebooks/01-toy"], ["notebooks/01-toy"], ["book/runs/owner--ran/01-toy"], []]
-    assert not [a for cell in rows["grammar-has-neurons"] for a in cell.find_all("a")], "there is no page of chapter 02"
+    assert not [a for cell in rows["grammar-search"] for a in cell.find_all("a")], "there is no page of chapter 02"
 
 
 def test_the_matrix_says_what_is_stale_and_why(toy, monkeypatch):
     results = toy / "results"
-    put(results, "fact-has-neurons", "fresh", monkeypatch)
-    put(results, "fact-has-neurons", "other", monkeypatch, code="0" * 16, metric="m")
-    path = put(results, "fact-has-neurons", "edited", monkeypatch)
+    put(results, "fact-search", "fresh", monkeypatch)
+    put(results, "fact-search", "other", monkeypatch, code="0" * 16, metric="m")
+    path = put(results, "fact-search", "edited", monkeypatch)
     path.write_text(path.read_text().replace('"supported"', '"contradicted"'))
-    path = put(results, "fact-has-neurons", "old", monkeypatch)
+    path = put(results, "fact-search", "old", monkeypatch)
     unsealed = json.loads(path.read_text())
     path.write_text(json.dumps({name: unsealed[name] for name in unsealed if name not in ("date", "checksum")}))
     page = shown(toy, "matrix")
@@ -275,16 +275,16 @@ def test_the_matrix_says_what_is_stale_and_why(toy, monkeypatch):
 
 
 def test_provenance_has_a_row_for_each_record(toy, monkeypatch):
-    code = json.loads(put(toy / "results", "fact-has-neurons", "tiny", monkeypatch).read_text())["code"]
+    code = json.loads(put(toy / "results", "fact-search", "tiny", monkeypatch).read_text())["code"]
     put(toy / "results", "equally-few", "a/b@c", monkeypatch, date="2026-03-04", code=code)
     rows = [[cell.get_text() for cell in row] for row in body(shown(toy, "provenance"))]
     known = ["01234567", "own", "0", "40", code[:8], package_version()]
-    assert [row[:-1] for row in rows] == [["fact-has-neurons", "tiny", *known], ["equally-few", "a/b@c", *known]]
+    assert [row[:-1] for row in rows] == [["fact-search", "tiny", *known], ["equally-few", "a/b@c", *known]]
     assert rows[1][-1] == "2026-03-04"
 
 
 def test_hub_models_without_a_record_have_the_command_that_runs_them(toy, monkeypatch):
-    put(toy / "results", "fact-has-neurons", "gpt2", monkeypatch)
+    put(toy / "results", "fact-search", "gpt2", monkeypatch)
     rows = {row[0].get_text(): row[-1].get_text() for row in body(shown(toy, "hub"))}
     hub = [name for name, entry in zoo.REGISTRY.items() if isinstance(entry, zoo.Hub)]
     assert rows == {name: f"python -m kncore run --model {name}" for name in hub if name != "gpt2"}
@@ -351,13 +351,13 @@ def test_the_findings_say_what_the_records_say(toy, monkeypatch, value):
 
 
 def test_the_readme_has_a_row_for_each_chapter_with_a_mark_for_each_claim(toy, monkeypatch):
-    put(toy / "results", "fact-has-neurons", "tiny", monkeypatch)
-    put(toy / "results", "fact-has-neurons", "other", monkeypatch)
+    put(toy / "results", "fact-search", "tiny", monkeypatch)
+    put(toy / "results", "fact-search", "other", monkeypatch)
     _, _, row = pages.claims_table(toy).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    claim = claims.CLAIMS["fact-has-neurons"].statement
+    claim = claims.CLAIMS["fact-search"].statement
     assert cells == ["[Toy](notebooks/01-toy.ipynb)", claim, "0.80 [0.60, 0.90], supported", "✓·"]
-    put(toy / "results", "fact-owns-neuron", "tiny", monkeypatch, code="0" * 16)
+    put(toy / "results", "fact-owner", "tiny", monkeypatch, code="0" * 16)
     assert pages.claims_table(toy).rstrip().endswith("| ✓✓ (stale) |")
 
 
