@@ -124,6 +124,16 @@ def public(
 
 
 @app.command()
+def multiverse(debug: Debug = False) -> None:
+    """Judge headline claims under all choices of how neurons are found, into results/multiverse.tsv."""
+    from knbook import checkout
+    from knpaper.multiverse import run
+
+    path = checkout.find_root() / "results" / "multiverse.tsv"
+    _say(f"{len(run(path)):,} rows in {path}")
+
+
+@app.command()
 def book(timeout: Timeout = 3600, debug: Debug = False) -> None:
     """Run all notebooks and render the book into _build/html."""
     _build("book", timeout=timeout)

@@ -23,7 +23,7 @@ from sphinx_design.icons import get_octicon
 from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug
 from knbook.errors import UsageError
 from kncore import zoo
-from knpaper import claims, corpus, stored
+from knpaper import claims, corpus, specifications, stored
 from knpaper.figures import FACTS, GRAMMAR
 from knpaper.records import column_of, effect, read_records
 from knpaper.rules import VERDICTS, Claim
@@ -149,6 +149,21 @@ def localisation(book: Book) -> dict:
     return {"tables": found}
 
 
+def multiverse(book: Book) -> dict:
+    """Return for each claim of the multiverse its curve, and how many specifications agree with the book's verdict."""
+    path = book.root / "results" / "multiverse.tsv"
+    rows = specifications.read(path) if path.is_file() else pd.DataFrame(columns=["claim"])
+    rows = rows[rows.claim.isin(list(claims.CLAIMS))]
+    counts = specifications.agreement(rows) if len(rows) else []
+    found = []
+    for claim, part in rows.groupby("claim", sort=False):
+        mine = [count for count in counts if count["claim"] == claim]
+        found.append(
+            {"claim": claims.CLAIMS[claim], "curve": specifications.curve(part, claims.CLAIMS[claim]), "counts": mine}
+        )
+    return {"claims": found, "total": len(rows), "page": book.page}
+
+
 def _beside(claim: Claim, own: Mapping, public: Mapping) -> dict:
     """Return two records of a claim and their places in pixels on one axis that holds both and the rule's border.
 
@@ -238,6 +253,7 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "matrix": matrix,
     "agreement": agreement,
     "localisation": localisation,
+    "multiverse": multiverse,
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},
