@@ -23,9 +23,10 @@ from sphinx_design.icons import get_octicon
 from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug
 from knbook.errors import UsageError
 from kncore import zoo
-from knpaper import claims, corpus, stored
-from knpaper.records import effect, read_records
-from knpaper.rules import VERDICTS
+from knpaper import claims, corpus, specifications, stored
+from knpaper.figures import FACTS, GRAMMAR
+from knpaper.records import column_of, effect, read_records
+from knpaper.rules import VERDICTS, Claim
 from knpaper.staleness import stale
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
@@ -35,7 +36,10 @@ FINDINGS = tomllib.loads((files("knbook") / "templates" / "findings.toml").read_
 
 @dataclass(frozen=True)
 class Book:
-    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names."""
+    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names.
+
+    Records are by claim and by model, "model, public data" where the data are not the project's own.
+    """
 
     root: Path
     chapters: Mapping[str, Chapter]
@@ -49,9 +53,10 @@ class Book:
 
     @property
     def models(self) -> list[str]:
-        """The notebooks' own models, then all others with a record."""
+        """The notebooks' own models, on whatever data, then all others with a record."""
         own = {str(chapter.defaults["model"]) for chapter in self.chapters.values() if "model" in chapter.defaults}
-        return [*sorted(own), *sorted({model for _, model in self.records} - own)]
+        rest = {name for _, name in self.records} - own
+        return [*sorted(own), *sorted(rest, key=lambda name: (name.partition(", ")[0] not in own, name))]
 
     def page(self, number: str, model: str | None = None) -> str:
         """Return the page of a chapter, or of its run on another model; "" where the book has none."""
@@ -65,7 +70,7 @@ class Book:
 
 def load(root: Path, names: Iterable[str] = ()) -> Book:
     """Return the book in a folder, with pages of these names; ValueError where a record or a notebook is none."""
-    records = {(r["claim"], r["model"]): {**r, "stale": stale(r)} for r in read_records(root / "results")}
+    records = {(r["claim"], column_of(r)): {**r, "stale": stale(r)} for r in read_records(root / "results")}
     return Book(root, {chapter.number: chapter for chapter in chapters(root)}, records, frozenset(names))
 
 
@@ -119,6 +124,65 @@ def marks(book: Book) -> dict:
 def matrix(book: Book) -> dict:
     """Return all declared claims × all models with a record."""
     return {"claims": claims.CLAIMS.values(), "models": book.models, "records": _records(book), "page": book.page}
+
+
+def agreement(book: Book) -> dict:
+    """Return the claims with a record of the default model on the project's own data and on public ones, drawn beside
+    each other, and how many verdicts are the same and how many opposite."""
+    rows = []
+    for claim in claims.CLAIMS.values():
+        pair = [book.records.get((claim.id, f"{book.model}{data}")) for data in ("", ", public data")]
+        if None not in pair:
+            rows.append({"claim": claim, "page": book.page(claim.chapter), **_beside(claim, *pair)})
+    verdicts = [{row["own"]["verdict"], row["public"]["verdict"]} for row in rows]
+    same = sum(len(pair) == 1 for pair in verdicts)
+    return {"rows": rows, "same": same, "opposite": sum(pair == {*VERDICTS[:2]} for pair in verdicts)}
+
+
+def localisation(book: Book) -> dict:
+    """Return chapter 3's tables of how local relations and conditions are, of own and of public data."""
+    found = {}
+    for label, folder in (("own data", book.model), ("public data", f"{book.model}@public")):
+        path = book.root / "results" / folder / "localisation.tsv"
+        if path.is_file():
+            found[label] = pd.read_csv(path, sep="\t").to_dict("records")
+    return {"tables": found}
+
+
+def multiverse(book: Book) -> dict:
+    """Return for each claim of the multiverse its curve, and how many specifications agree with the book's verdict."""
+    path = book.root / "results" / "multiverse.tsv"
+    rows = specifications.read(path) if path.is_file() else pd.DataFrame(columns=["claim"])
+    rows = rows[rows.claim.isin(list(claims.CLAIMS))]
+    counts = specifications.agreement(rows) if len(rows) else []
+    found = []
+    for claim, part in rows.groupby("claim", sort=False):
+        mine = [count for count in counts if count["claim"] == claim]
+        found.append(
+            {"claim": claims.CLAIMS[claim], "curve": specifications.curve(part, claims.CLAIMS[claim]), "counts": mine}
+        )
+    return {"claims": found, "total": len(rows), "page": book.page}
+
+
+def _beside(claim: Claim, own: Mapping, public: Mapping) -> dict:
+    """Return two records of a claim and their places in pixels on one axis that holds both and the rule's border.
+
+    An end that the data do not bound goes to the end of the axis.
+    """
+    borders = [claim.threshold] if claim.kind == "above" else [-claim.threshold, claim.threshold]
+    shown = [x for r in (own, public) for x in (r["low"], r["value"], r["high"]) if x is not None] + borders
+    first, last = min(shown), max(shown)
+
+    def at(x: float | None, end: float) -> str:
+        return f"{8 + 204 * ((end if x is None else x) - first) / (last - first or 1):.1f}"
+
+    bars = []
+    for record, name, y in ((own, "own data", 12), (public, "public data", 30)):
+        ends = {"low": at(record["low"], first), "value": at(record["value"], 0), "high": at(record["high"], last)}
+        colour = FACTS if record is own else GRAMMAR
+        bars.append({**ends, "y": y, "colour": colour, "title": f"{name}: {effect(record)}, n = {record['n']}"})
+    ends = [f"{x:.2g}" for x in (first, last)]
+    return {"own": own, "public": public, "bars": bars, "borders": [at(x, 0) for x in borders], "ends": ends}
 
 
 def _records(book: Book) -> dict:
@@ -187,6 +251,9 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "marks": marks,
     "filter": choices,
     "matrix": matrix,
+    "agreement": agreement,
+    "localisation": localisation,
+    "multiverse": multiverse,
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},
