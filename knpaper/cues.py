@@ -75,8 +75,9 @@ def _columns(table: pd.DataFrame, predictors: Sequence[str]) -> tuple[pd.DataFra
     """Return the rows that have all predictors, and the predictors, z-scored where they are not 0 and 1 only."""
     table = table.dropna(subset=list(predictors))
     columns = table[list(predictors)].astype(float)
-    scored = (columns - columns.mean()) / columns.std()
-    return table, columns.where(columns.isin((0, 1)).all(), scored)
+    graded = ~columns.isin((0, 1)).all()
+    columns.loc[:, graded] = (columns - columns.mean()).loc[:, graded] / columns.std()[graded]
+    return table, columns
 
 
 def number_sets(
