@@ -185,6 +185,17 @@ def set_slopes(table: pd.DataFrame, outcome: str, predictors: Sequence[str] = PR
     return dict(zip(predictors, fit[0][1:].tolist(), strict=True))
 
 
+def relative_slope(lost: pd.DataFrame, seed: int = 0) -> Estimate:
+    """Return the slope of what is lost beyond random neurons on association, as a share of its mean, over sets.
+
+    0.1: a noun one standard deviation above the mean in association loses a tenth of the mean loss more. The interval
+    is over sets of neurons, and the whole line where the mean loss beyond random neurons may be 0.
+    """
+    parts = [part for _, part in lost.dropna(subset="association").groupby("set")]
+    steps = [set_slopes(part, "beyond")["association"] for part in parts]
+    return stats.ratio(steps, [part.beyond.mean() for part in parts], seed=seed)
+
+
 def set_table(sets: Mapping[tuple[str, str, int], Sequence[Neuron]], lost: pd.DataFrame) -> list[dict[str, object]]:
     """Return a row for each set of neurons: its neurons, the mean losses in nats, and the slope on association."""
     rows = []
@@ -194,7 +205,7 @@ def set_table(sets: Mapping[tuple[str, str, int], Sequence[Neuron]], lost: pd.Da
             {
                 "sentences": f"{chapter.spaced(phenomenon)}, group {group + 1}",
                 "neurons": chapter.neuron_names(own),
-                "loss": f"{part.found.mean():.2f}",
+                "mean loss": f"{part.found.mean():.2f}",
                 "with random neurons": f"{part.random.mean():.2f}",
                 "slope on association (interval over nouns)": with_interval(slope),
             }

@@ -187,13 +187,24 @@ def test_association_slopes_are_means_over_sets_of_neurons():
     np.testing.assert_allclose([found[name].value for name in names], np.mean(each, 0))
 
 
+def test_relative_slope_is_the_mean_slope_over_the_mean_loss_and_endless_where_nothing_is_lost():
+    table = table_of_losses().eval("beyond = beyond + 10")
+    parts = [part.dropna(subset="association") for _, part in table.groupby("set")]
+    steps = [slopes_by_hand(part, "beyond", cues.PREDICTORS)[0] for part in parts]
+    found = cues.relative_slope(table)
+    assert isclose(found.value, np.mean(steps) / np.mean([part.beyond.mean() for part in parts])) and found.n == 3
+    sign = table.set - 1  # one set helps as much as another harms
+    nothing = cues.relative_slope(table.assign(beyond=table.beyond * sign + 0.1))
+    assert (nothing.low, nothing.high) == (-np.inf, np.inf)
+
+
 def test_set_table_has_a_row_for_each_set_with_its_own_losses():
     table = table_of_losses()
     sets = {("determiner_noun", "plural", i): [Neuron(0, i)] for i in range(3)}
     rows = cues.set_table(sets, table)
     assert [row["neurons"] for row in rows] == ["0·0", "0·1", "0·2"]
     for i, row in enumerate(rows):
-        assert row["loss"] == f"{table[table.set == i].found.mean():.2f}"
+        assert row["mean loss"] == f"{table[table.set == i].found.mean():.2f}"
         own = cues.slopes(table[table.set == i], "beyond")["association"]
         assert row["slope on association (interval over nouns)"] == cues.with_interval(own)
 
