@@ -241,9 +241,7 @@ def _keys(
     optimiser.step(closure)
     wrong = int((sign * (states @ weight.T + bias) <= 0).sum())
     if wrong:
-        raise ValueError(
-            f"{wrong} tokens are on the wrong side of a key: no neuron tells the facts; try another block"
-        )
+        raise ValueError(f"{wrong} tokens are on the wrong side of a key: no neuron tells the facts; try another block")
     return weight.detach(), bias.detach()
 
 
