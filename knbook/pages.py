@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,13 +24,14 @@ from sphinx_design.icons import get_octicon
 from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug
 from knbook.errors import UsageError
 from kncore import zoo
-from knpaper import claims, corpus, stored
-from knpaper.records import effect, read_records
-from knpaper.rules import VERDICTS
+from knpaper import across, audit, claims, corpus, stored
+from knpaper.records import EARLIER, effect, read_records
+from knpaper.rules import SIDES, WITHDRAWN, Claim
 from knpaper.staleness import stale
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 MARKS = {"supported": "✓", "contradicted": "✕", "inconclusive": "~", "not run": "·"}
+CLAIMS_PAGE = "book/claims"
 FINDINGS = tomllib.loads((files("knbook") / "templates" / "findings.toml").read_text(encoding="utf-8"))
 
 
@@ -62,10 +64,15 @@ class Book:
         page = f"notebooks/{chapter.path.stem}" if own else f"book/runs/{slug(model)}/{chapter.path.stem}"
         return page if page in self.pages else ""
 
+    @property
+    def target(self) -> str:
+        """The page that has an anchor for each claim, or "" where the book has none."""
+        return CLAIMS_PAGE if CLAIMS_PAGE in self.pages else ""
+
 
 def load(root: Path, names: Iterable[str] = ()) -> Book:
     """Return the book in a folder, with pages of these names; ValueError where a record or a notebook is none."""
-    records = {(r["claim"], r["model"]): {**r, "stale": stale(r)} for r in read_records(root / "results")}
+    records = {(r["claim"], r["model"]): {**EARLIER, **r, "stale": stale(r)} for r in read_records(root / "results")}
     return Book(root, {chapter.number: chapter for chapter in chapters(root)}, records, frozenset(names))
 
 
@@ -83,7 +90,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"octicon": get_octicon, "effect": effect}
+    environment.globals |= {"octicon": get_octicon, "effect": effect, "classes": classes, "said": said}
+    environment.globals |= {"power": power}
     environment.filters["typeset"] = functools.partial(smartyPants, attr="qDe")  # marks and dashes as Sphinx sets them
     return environment
 
@@ -98,27 +106,103 @@ def table(name: str, book: Book, link: Callable[[str], str] = str) -> str:
     return fill(f"{name}.html", link=link, **TABLES[name](book))
 
 
+def classes(claim: Claim, record: Mapping | None) -> str:
+    """Return the classes of a mark: verdict, side, and whether it is exploratory, unstable over seeds or outdated."""
+    if record is None:
+        return "not-run"
+    kind = "check" if claim.check else claims.side_class(record["side"])
+    notes = {"explored": record["exploratory"], "unstable": record.get("unstable"), "outdated": record["stale"]}
+    return " ".join([record["verdict"], kind, *(name for name, holds in notes.items() if holds)])
+
+
+def said(claim: Claim, record: Mapping | None) -> str:
+    """Return what a mark says in words: verdict, side and notes, then the claim with its effect and n."""
+    if record is None:
+        return f"not run: {claim.statement}"
+    words = [f"check {claim.word(record['verdict'])}"] if claim.check else [record["verdict"]]
+    words += [] if claim.check else [f"speaks for {record['side']}"]
+    notes = {"exploratory": record["exploratory"], "unstable over seeds": record.get("unstable")}
+    words += [name for name, holds in (notes | {"stale": record["stale"]}).items() if holds]
+    return f"{', '.join(words)}: {claim.statement} {effect(record)}, n = {record['n']} {claim.units}"
+
+
+def power(record: Mapping) -> str:
+    """Return how often a repeat would support what is expected, contradict the null, and be a false alarm; or a dash."""
+    found = record["power"]
+    if not {"expected", "null"} <= set(found):
+        return "–"
+    return " · ".join(f"{share:.2f}" for share in (found["expected"][0], found["null"][1], found["null"][0]))
+
+
 def findings(book: Book) -> dict:
-    """Return what the book found on its default model, in phrases that follow the records, and the counts."""
-    verdicts = {claim: record["verdict"] for (claim, model), record in book.records.items() if model == book.model}
-    phrases = [phrases[verdicts[claim]] for claim, phrases in FINDINGS.items() if claim in verdicts]
-    counts = [f"{list(verdicts.values()).count(verdict)} {verdict}" for verdict in VERDICTS]
-    return {"model": book.model, "phrases": phrases, "total": len(verdicts), "counts": counts}
+    """Return what was found on all models: verdicts by side, how sure, and what speaks most widely for either side."""
+    rows = across.across(across.own(book.records))
+    widely = {side: [_in_words(*item) for item in across.evidence(rows, side)] for side in SIDES[:2]}
+    return {
+        "counts": across.tally(book.records) | audit.multiplicity(list(book.records.values())),
+        "widely": widely,
+        "flips": sum(row.flips for row in rows),
+        "compared": sum(len(row.decided) > 1 for row in rows),
+    }
+
+
+def _in_words(row: across.Across, verdict: str, columns: list[str]) -> str:
+    phrase = FINDINGS.get(row.claim.id, {}).get(verdict) or f"“{row.claim.statement.rstrip('.')}” is {verdict}"
+    return f"{phrase} ({len(columns)} of {len(row.records)} models)"
 
 
 def marks(book: Book) -> dict:
-    """Return the claims in small: a row a chapter, and under each model a mark for each claim of the chapter."""
+    """Return the claims in small: a row a chapter, and under each model a mark for each claim; the checks at the end."""
     rows = []
     for number in dict.fromkeys(claim.chapter for claim in claims.CLAIMS.values()):
         title = _title(book.chapters[number].path) if number in book.chapters else f"Chapter {number}"
-        here = [claim for claim in claims.CLAIMS.values() if claim.chapter == number]
-        rows.append({"title": title, "page": book.page(number), "claims": here})
-    return {"chapters": rows, "models": book.models, "records": _records(book)}
+        here = [claim for claim in claims.CLAIMS.values() if claim.chapter == number and not claim.check]
+        rows += [{"title": title, "page": book.page(number), "claims": here}] if here else []
+    if checks := [claim for claim in claims.CLAIMS.values() if claim.check]:
+        rows.append({"title": "Checks that an intervention took", "page": "", "claims": checks})
+    return {"chapters": rows, "models": book.models, "records": _records(book), "target": book.target}
 
 
-def matrix(book: Book) -> dict:
-    """Return all declared claims × all models with a record."""
-    return {"claims": claims.CLAIMS.values(), "models": book.models, "records": _records(book), "page": book.page}
+def matrix(book: Book, check: bool = False) -> dict:
+    """Return all declared claims, or all checks of a manipulation, with their records by model."""
+    chosen = [claim for claim in claims.CLAIMS.values() if claim.check == check]
+    return {"claims": chosen, "models": book.models, "records": _records(book), "page": book.page}
+
+
+def withdrawn(book: Book) -> dict:
+    """Return the claims that were withdrawn, by id, and which claims are there in their place."""
+    return {"withdrawn": WITHDRAWN, "target": book.target}
+
+
+def models_compared(book: Book) -> dict:
+    """Return which claims hold on which models, which flip, and what the models on either side have in common."""
+    rows = across.across(across.own(book.records))
+    decided = [row for row in rows if len(row.decided) > 1]
+    surviving = {id(record) for record in audit.surviving(list(book.records.values()))}
+    strict = {key: record for key, record in book.records.items() if id(record) in surviving}
+    return {
+        "rows": rows,
+        "decided": decided,
+        "same": {side: [row for row in decided if _side(row) == side] for side in SIDES},
+        "flips": [row for row in rows if row.flips],
+        "strictly": sum(row.flips for row in across.across(across.own(strict))),
+        "pairs": across.pairs(rows),
+        "alone": across.alone(rows),
+        "kinds": {kind: across.split_by(rows, kind) for kind in across.KINDS},
+        "leaning": across.leaning(rows),
+        "chapters": Counter(row.claim.chapter for row in rows if row.flips).most_common(),
+        "target": book.target,
+    }
+
+
+def _side(row: across.Across) -> str:
+    """Return for whom a claim speaks whose decided verdicts are all the same; "" for one that flips."""
+    return row.claim.side(row.verdict) if row.verdict else ""
+
+
+def by_agreement(book: Book) -> dict:
+    """Return claims × models, on whatever data, from the claims on which the models agree to those that flip."""
+    return {"rows": across.across(book.records), "models": book.models, "target": book.target}
 
 
 def _records(book: Book) -> dict:
@@ -132,6 +216,7 @@ def choices(book: Book) -> dict:
     return {
         "choices": {
             "verdict": {verdict.replace(" ", "-"): verdict for verdict in MARKS},
+            "speaks for": {claims.side_class(side): side for side in SIDES},
             "chapter": {n: c.path.stem.replace("-", " ") for n, c in book.chapters.items() if n in used},
             "model": {model: model for model in book.models},
         }
@@ -187,6 +272,13 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "marks": marks,
     "filter": choices,
     "matrix": matrix,
+    "checks": functools.partial(matrix, check=True),
+    "withdrawn": withdrawn,
+    "multiplicity": lambda book: {
+        "counts": across.tally(book.records) | audit.multiplicity(list(book.records.values()))
+    },
+    "across": models_compared,
+    "agreement": by_agreement,
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},
