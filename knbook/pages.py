@@ -127,7 +127,7 @@ def said(claim: Claim, record: Mapping | None) -> str:
 
 
 def power(record: Mapping) -> str:
-    """Return how often a repeat would support what is expected, contradict the null, and be a false alarm; or a dash."""
+    """Return how often a repeat supports what is expected, contradicts the null, and is a false alarm; or a dash."""
     found = record["power"]
     if not {"expected", "null"} <= set(found):
         return "–"
@@ -139,11 +139,15 @@ def findings(book: Book) -> dict:
     rows = across.across(across.own(book.records))
     widely = {side: [_in_words(*item) for item in across.evidence(rows, side)] for side in SIDES[:2]}
     return {
-        "counts": across.tally(book.records) | audit.multiplicity(list(book.records.values())),
+        "counts": _counts(book),
         "widely": widely,
         "flips": sum(row.flips for row in rows),
         "compared": sum(len(row.decided) > 1 for row in rows),
     }
+
+
+def _counts(book: Book) -> dict[str, float]:
+    return across.tally(book.records) | audit.multiplicity(list(book.records.values()))
 
 
 def _in_words(row: across.Across, verdict: str, columns: list[str]) -> str:
@@ -152,7 +156,7 @@ def _in_words(row: across.Across, verdict: str, columns: list[str]) -> str:
 
 
 def marks(book: Book) -> dict:
-    """Return the claims in small: a row a chapter, and under each model a mark for each claim; the checks at the end."""
+    """Return the claims in small: a row a chapter, under each model a mark for each claim; the checks at the end."""
     rows = []
     for number in dict.fromkeys(claim.chapter for claim in claims.CLAIMS.values()):
         title = _title(book.chapters[number].path) if number in book.chapters else f"Chapter {number}"
@@ -274,9 +278,7 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "matrix": matrix,
     "checks": functools.partial(matrix, check=True),
     "withdrawn": withdrawn,
-    "multiplicity": lambda book: {
-        "counts": across.tally(book.records) | audit.multiplicity(list(book.records.values()))
-    },
+    "multiplicity": lambda book: {"counts": _counts(book)},
     "across": models_compared,
     "agreement": by_agreement,
     "provenance": lambda book: {"records": list(book.records.values())},

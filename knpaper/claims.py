@@ -63,8 +63,8 @@ class Verdict:
         side = "" if claim.check else f'<span class="side">speaks for {self.side}</span> '
         explored = '<span class="explored">exploratory</span> ' if claim.exploratory else ""
         return (
-            f'<div class="verdict {self.word} {kind} mathjax_ignore"><strong>{said.capitalize()} on {_safe(self.model)}.'
-            f"</strong> {side}{explored}<br>{_safe(claim.statement)}"
+            f'<div class="verdict {self.word} {kind} mathjax_ignore">'
+            f"<strong>{said.capitalize()} on {_safe(self.model)}.</strong> {side}{explored}<br>{_safe(claim.statement)}"
             f"<br><em>{_safe(claim.metric)}</em>: <strong>{_safe(estimate)}</strong>"
             f"{definitions(details, what)}<small>Rule: {_safe(claim.rule)}.</small></div>"
         )
@@ -76,7 +76,7 @@ def side_class(side: str) -> str:
 
 
 def definitions(details: Mapping[str, str], label: str) -> str:
-    """Return names with what is said of each, as an HTML list with a label; those of which nothing is said are left out."""
+    """Return names and what is said of each as an HTML list with a label, without those of which nothing is said."""
     shown = (f"<div><dt>{name}</dt> <dd>{_safe(text)}</dd></div>" for name, text in details.items() if text)
     return f'<dl aria-label="{_safe(label)}">{"".join(shown)}</dl>'
 

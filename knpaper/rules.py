@@ -51,7 +51,7 @@ class Claim:
     @property
     def units(self) -> str:
         """What is counted, in the plural."""
-        return f"{self.unit or 'unit'}s"
+        return f"{self.unit or 'unit'}s".replace(" or ", "s or ")
 
     @property
     def border(self) -> str:
