@@ -72,7 +72,10 @@ class Book:
 
 def load(root: Path, names: Iterable[str] = ()) -> Book:
     """Return the book in a folder, with pages of these names; ValueError where a record or a notebook is none."""
-    records = {(r["claim"], r["model"]): {**EARLIER, **r, "stale": stale(r)} for r in read_records(root / "results")}
+    records = {
+        (r["claim"], r["model"]): {**EARLIER, "unstable": False, **r, "stale": stale(r)}
+        for r in read_records(root / "results")
+    }
     return Book(root, {chapter.number: chapter for chapter in chapters(root)}, records, frozenset(names))
 
 
@@ -111,7 +114,7 @@ def classes(claim: Claim, record: Mapping | None) -> str:
     if record is None:
         return "not-run"
     kind = "check" if claim.check else claims.side_class(record["side"])
-    notes = {"explored": record["exploratory"], "unstable": record.get("unstable"), "outdated": record["stale"]}
+    notes = {"explored": record["exploratory"], "unstable": record["unstable"], "outdated": record["stale"]}
     return " ".join([record["verdict"], kind, *(name for name, holds in notes.items() if holds)])
 
 
@@ -121,7 +124,7 @@ def said(claim: Claim, record: Mapping | None) -> str:
         return f"not run: {claim.statement}"
     words = [f"check {claim.word(record['verdict'])}"] if claim.check else [record["verdict"]]
     words += [] if claim.check else [f"speaks for {record['side']}"]
-    notes = {"exploratory": record["exploratory"], "unstable over seeds": record.get("unstable")}
+    notes = {"exploratory": record["exploratory"], "unstable over seeds": record["unstable"]}
     words += [name for name, holds in (notes | {"stale": record["stale"]}).items() if holds]
     return f"{', '.join(words)}: {claim.statement} {effect(record)}, n = {record['n']} {claim.units}"
 
@@ -281,6 +284,7 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "multiplicity": lambda book: {"counts": _counts(book)},
     "across": models_compared,
     "agreement": by_agreement,
+    "seeds": lambda book: {"seeds": []},
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},
