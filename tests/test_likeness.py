@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from kncore import neurons
+from kncore.neurons import Found, Neuron
 from knpaper import likeness
+from knpaper.stimuli import Selection
 
 TABLES = [np.arange(6).reshape(3, 2), np.arange(6, 10).reshape(2, 2)]
 
@@ -44,3 +46,46 @@ def test_by_chance_finds_facts_that_are_alike():
     assert found["R₁² of one fact"] == f"{np.mean(pairs):.3f}"
     assert float(found["shuffled, mean"]) < 0.5 and float(found["p"]) < 0.05
     assert list(found)[2] == "shuffled, largest of 200"
+
+
+def test_known_facts_are_the_first_of_relations_with_five():
+    relations = [Selection([None] * 35, 9, 6), Selection([None] * 35, 9, 4), Selection([None] * 25, 5, 5)]
+    tables = likeness.known_facts(relations)
+    assert [table.shape for table in tables] == [(6, 5), (5, 5)]
+    assert tables[0][0].tolist() == [0, 1, 2, 3, 4] and tables[1][0, 0] == 70
+    assert [table.shape for table in likeness.known_facts([Selection([None] * 35, 9, 0)])] == [(7, 5)]
+
+
+def test_a_mixed_group_has_five_facts_in_five_templates_and_uses_every_prompt_once():
+    table = np.arange(35).reshape(7, 5)
+    groups = np.array(likeness.mixed(table))
+    assert sorted(groups.flatten()) == list(range(35))
+    assert (groups % 5 == np.arange(5)).all() and all(len(set(row // 5)) == 5 for row in groups)
+    assert likeness.mixed(table[:4]) == []
+
+
+def test_groups_across_spans_take_five_of_them():
+    spans = [np.arange(10 * i, 10 * i + 7) for i in range(8)]
+    assert [group.tolist() for group in likeness.split(spans[0])] == [[0, 1, 2, 3, 4]]
+    groups = likeness.across(spans, np.random.default_rng(0))
+    assert [len(some) for some in groups] == [1] * 8
+    for own, (group,) in enumerate(groups):
+        assert group[0] // 10 == own and len({x // 10 for x in group}) == 5
+    (few,) = likeness.across(spans[:2], np.random.default_rng(0))[0]
+    assert [x // 10 for x in few] == [0, 1, 0, 1, 0]
+
+
+def test_a_search_succeeds_with_the_neurons_it_seeks_in_half_of_the_prompts():
+    found = [Found([], [], p, done) for p, done in ((0.7, True), (0.5, True), (0.45, True), (0.7, False))]
+    assert likeness.successes(found) == [True, True, False, False]
+
+
+def test_a_leader_is_alone_in_small_company_more_often_than_in_large():
+    a, b, c = (Neuron(0, i) for i in range(3))
+    leaders = [a, a, b, c, None]
+    assert likeness.alone(leaders, 4) == [0, 0, 1, 1, 0]  # all four others
+    assert likeness.alone(leaders, 1) == [0.75, 0.75, 1, 1, 0]  # one of the four others shares it
+    assert likeness.alone(leaders, 2) == [0.5, 0.5, 1, 1, 0]  # C(3, 2) / C(4, 2)
+    assert likeness.alone(leaders, 99) == likeness.alone(leaders, 4)
+    each, mean = likeness.owners([[Found([a], [1.0], 0.7, True)] * 2, [Found([b], [1.0], 0.7, True)] * 1])
+    assert each == [0, 0, 1] and mean.value == 1 / 3
