@@ -17,10 +17,10 @@ from knpaper.stats import Estimate
 
 def test_a_record_says_what_was_found_by_what_rule_on_what(results):
     verdict = put(n=12, quadrature="gauss")
-    assert verdict == Verdict(CLAIMS["fact-has-neurons"], CLEAR, "tiny-gpt2")
-    assert files(results) == ["tiny-gpt2/fact-has-neurons.json"]
-    told = json.loads((results / "tiny-gpt2" / "fact-has-neurons.json").read_text(encoding="utf-8"))
-    claim = CLAIMS["fact-has-neurons"]
+    assert verdict == Verdict(CLAIMS["fact-search"], CLEAR, "tiny-gpt2")
+    assert files(results) == ["tiny-gpt2/fact-search.json"]
+    told = json.loads((results / "tiny-gpt2" / "fact-search.json").read_text(encoding="utf-8"))
+    claim = CLAIMS["fact-search"]
     want = {
         "claim": claim.id,
         "chapter": "01",
@@ -38,9 +38,9 @@ def test_a_record_says_what_was_found_by_what_rule_on_what(results):
 
 def test_a_record_replaces_the_one_before(results):
     put()
-    put(estimate=Estimate(0.2, 0.1, 0.3, 40))
+    put(estimate=Estimate(0.1, 0.0, 0.15, 40))
     (told,) = read_records(results)
-    assert (told["value"], told["verdict"]) == (0.2, "contradicted")
+    assert (told["value"], told["verdict"]) == (0.1, "contradicted")
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -54,7 +54,7 @@ def test_a_record_that_cannot_be_written_leaves_what_was_there(before, results, 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         put(estimate=Estimate(0.1, 0.0, 0.2, 40))
-    assert files(results) == (["tiny-gpt2/fact-has-neurons.json"] if before else [])
+    assert files(results) == (["tiny-gpt2/fact-search.json"] if before else [])
     if before:
         assert read_records(results)[0]["value"] == 0.8
 
@@ -66,12 +66,12 @@ def test_parameters_that_are_no_json_leave_nothing_behind(results):
 
 
 def test_a_rerun_that_finds_the_same_keeps_the_date_and_the_file(results, monkeypatch):
-    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    path = results / "tiny-gpt2" / "fact-search.json"
     on(monkeypatch, "2026-01-01")
     put(n=(1, 2))
     first = path.read_bytes()
     on(monkeypatch, "2026-02-02")
-    assert put(n=(1, 2)) == Verdict(CLAIMS["fact-has-neurons"], CLEAR, "tiny-gpt2")
+    assert put(n=(1, 2)) == Verdict(CLAIMS["fact-search"], CLEAR, "tiny-gpt2")
     assert path.read_bytes() == first
     put(estimate=CLEAR._replace(value=0.81), n=(1, 2))
     assert json.loads(path.read_text())["date"] == "2026-02-02"
@@ -81,7 +81,7 @@ def test_a_rerun_that_finds_the_same_keeps_the_date_and_the_file(results, monkey
 def test_a_date_set_by_hand_is_not_kept(edit, results, monkeypatch):
     on(monkeypatch, "2026-01-01")
     put()
-    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    path = results / "tiny-gpt2" / "fact-search.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | edit) if edit else "spoiled")
     on(monkeypatch, "2026-02-02")
     put()
