@@ -24,7 +24,7 @@ from sphinx_design.icons import get_octicon
 from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug
 from knbook.errors import UsageError
 from kncore import zoo
-from knpaper import across, audit, claims, corpus, stored
+from knpaper import across, audit, claims, corpus, seeds, stored
 from knpaper.records import EARLIER, effect, read_records
 from knpaper.rules import SIDES, WITHDRAWN, Claim
 from knpaper.staleness import stale
@@ -43,6 +43,7 @@ class Book:
     chapters: Mapping[str, Chapter]
     records: Mapping[tuple[str, str], Mapping]
     pages: frozenset[str]
+    over_seeds: Mapping[tuple[str, str], seeds.Stability]
 
     @property
     def model(self) -> str:
@@ -53,7 +54,12 @@ class Book:
     def models(self) -> list[str]:
         """The notebooks' own models, then all others with a record."""
         own = {str(chapter.defaults["model"]) for chapter in self.chapters.values() if "model" in chapter.defaults}
-        return [*sorted(own), *sorted({model for _, model in self.records} - own)]
+        return [*sorted(own), *sorted({model for _, model in self.judged} - own)]
+
+    @property
+    def judged(self) -> Mapping[tuple[str, str], Mapping]:
+        """The records without those of further training seeds, which say how far the first one's can be relied on."""
+        return {key: record for key, record in self.records.items() if not _is_further(key[1])}
 
     def page(self, number: str, model: str | None = None) -> str:
         """Return the page of a chapter, or of its run on another model; "" where the book has none."""
@@ -72,11 +78,19 @@ class Book:
 
 def load(root: Path, names: Iterable[str] = ()) -> Book:
     """Return the book in a folder, with pages of these names; ValueError where a record or a notebook is none."""
-    records = {
-        (r["claim"], r["model"]): {**EARLIER, "unstable": False, **r, "stale": stale(r)}
-        for r in read_records(root / "results")
-    }
-    return Book(root, {chapter.number: chapter for chapter in chapters(root)}, records, frozenset(names))
+    found, records = read_records(root / "results"), {}
+    over_seeds = seeds.stability(found)
+    for record in found:
+        key = record["claim"], record["model"]
+        unstable = key in over_seeds and over_seeds[key].word != "stable"
+        records[key] = {**EARLIER, "unstable": unstable, **record, "stale": stale(record)}
+    by_number = {chapter.number: chapter for chapter in chapters(root)}
+    return Book(root, by_number, records, frozenset(names), over_seeds)
+
+
+def _is_further(model: str) -> bool:
+    """Return whether a model is a controlled one from a further training seed, e.g. controlled-gpt2-1."""
+    return bool((match := seeds.NAME.fullmatch(model)) and match[2])
 
 
 def _one_line(value: object) -> object:
@@ -139,7 +153,7 @@ def power(record: Mapping) -> str:
 
 def findings(book: Book) -> dict:
     """Return what was found on all models: verdicts by side, how sure, and what speaks most widely for either side."""
-    rows = across.across(across.own(book.records))
+    rows = across.across(across.own(book.judged))
     widely = {side: [_in_words(*item) for item in across.evidence(rows, side)] for side in SIDES[:2]}
     return {
         "counts": _counts(book),
@@ -150,7 +164,7 @@ def findings(book: Book) -> dict:
 
 
 def _counts(book: Book) -> dict[str, float]:
-    return across.tally(book.records) | audit.multiplicity(list(book.records.values()))
+    return across.tally(book.judged) | audit.multiplicity(list(book.judged.values()))
 
 
 def _in_words(row: across.Across, verdict: str, columns: list[str]) -> str:
@@ -183,10 +197,10 @@ def withdrawn(book: Book) -> dict:
 
 def models_compared(book: Book) -> dict:
     """Return which claims hold on which models, which flip, and what the models on either side have in common."""
-    rows = across.across(across.own(book.records))
+    rows = across.across(across.own(book.judged))
     decided = [row for row in rows if len(row.decided) > 1]
-    surviving = {id(record) for record in audit.surviving(list(book.records.values()))}
-    strict = {key: record for key, record in book.records.items() if id(record) in surviving}
+    surviving = {id(record) for record in audit.surviving(list(book.judged.values()))}
+    strict = {key: record for key, record in book.judged.items() if id(record) in surviving}
     return {
         "rows": rows,
         "decided": decided,
@@ -209,12 +223,12 @@ def _side(row: across.Across) -> str:
 
 def by_agreement(book: Book) -> dict:
     """Return claims × models, on whatever data, from the claims on which the models agree to those that flip."""
-    return {"rows": across.across(book.records), "models": book.models, "target": book.target}
+    return {"rows": across.across(book.judged), "models": book.models, "target": book.target}
 
 
 def _records(book: Book) -> dict:
     """Return the records by claim and model, None where there is none."""
-    return {(claim, model): book.records.get((claim, model)) for claim in claims.CLAIMS for model in book.models}
+    return {(claim, model): book.judged.get((claim, model)) for claim in claims.CLAIMS for model in book.models}
 
 
 def choices(book: Book) -> dict:
@@ -284,7 +298,7 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "multiplicity": lambda book: {"counts": _counts(book)},
     "across": models_compared,
     "agreement": by_agreement,
-    "seeds": lambda book: {"seeds": []},
+    "seeds": lambda book: {"rows": list(book.over_seeds.items()), "first": book.records, "claims": claims.CLAIMS},
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},

@@ -430,6 +430,23 @@ def test_models_are_set_side_by_side(toy, monkeypatch, family):
     assert [row[-1] for row in rows] == ["0.67", "0.00", "flips"]
 
 
+def test_a_verdict_that_its_seeds_do_not_share_is_marked_and_further_seeds_are_no_models(toy, monkeypatch, family):
+    recorded(toy, monkeypatch, a={"controlled-gpt2": "supported", "controlled-bert": "supported"})
+    for seed, value in enumerate((0.3, 0.9), 1):
+        put(toy / "results", "a", f"controlled-gpt2-{seed}", monkeypatch, value=value)
+        put(toy / "results", "a", f"controlled-bert-{seed}", monkeypatch, value=0.8 + seed / 1000)
+    marks = {mark.find_parent("td")["data-label"]: mark for mark in shown(toy, "marks").select(".mark.supported")}
+    assert set(marks) == {"controlled-gpt2", "controlled-bert"}
+    assert {model: "unstable" in mark["class"] for model, mark in marks.items()} == {
+        "controlled-gpt2": True,
+        "controlled-bert": False,
+    }
+    assert "unstable over seeds" in marks["controlled-gpt2"]["aria-label"]
+    said = " ".join(shown(toy, "seeds").get_text().split())
+    assert "2 verdicts are of models" in said and "1 are unstable over seeds." in said
+    assert len(body(shown(toy, "provenance"))) == 6
+
+
 def test_withdrawn_claims_are_listed_with_reasons(toy, monkeypatch):
     gone = {"chapter": "01", "statement": "It was so.", "metric": "m", "reason": "It <was> not.", "instead": [FIRST.id]}
     monkeypatch.setattr(pages, "WITHDRAWN", {"gone": gone, "went": gone | {"instead": []}})
