@@ -7,11 +7,9 @@ come from anywhere.
 from __future__ import annotations
 
 import functools
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import jinja2
@@ -32,7 +30,6 @@ from knpaper.staleness import stale
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 MARKS = {"supported": "✓", "contradicted": "✕", "inconclusive": "~", "not run": "·"}
 CLAIMS_PAGE = "book/claims"
-FINDINGS = tomllib.loads((files("knbook") / "templates" / "findings.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -152,24 +149,22 @@ def power(record: Mapping) -> str:
 
 
 def findings(book: Book) -> dict:
-    """Return what was found on all models: verdicts by side, how sure, and what speaks most widely for either side."""
+    """Return the claims that speak most widely for either side: each with its verdict, and on how many models."""
+    rows, widely = across.across(across.own(book.judged)), {}
+    for side in SIDES[:2]:
+        found = across.evidence(rows, side)
+        widely[side] = [(row.claim, verdict, len(here), len(row.records)) for row, verdict, here in found]
+    return {"widely": widely}
+
+
+def counts(book: Book) -> dict:
+    """Return how many verdicts speak for either side, how sure they are, and how many claims flip between models."""
     rows = across.across(across.own(book.judged))
-    widely = {side: [_in_words(*item) for item in across.evidence(rows, side)] for side in SIDES[:2]}
     return {
-        "counts": _counts(book),
-        "widely": widely,
+        "counts": across.tally(book.judged) | audit.multiplicity(list(book.judged.values())),
         "flips": sum(row.flips for row in rows),
         "compared": sum(len(row.decided) > 1 for row in rows),
     }
-
-
-def _counts(book: Book) -> dict[str, float]:
-    return across.tally(book.judged) | audit.multiplicity(list(book.judged.values()))
-
-
-def _in_words(row: across.Across, verdict: str, columns: list[str]) -> str:
-    phrase = FINDINGS.get(row.claim.id, {}).get(verdict) or f"“{row.claim.statement.rstrip('.')}” is {verdict}"
-    return f"{phrase} ({len(columns)} of {len(row.records)} models)"
 
 
 def marks(book: Book) -> dict:
@@ -290,12 +285,13 @@ def trained(book: Book) -> dict:
 
 TABLES: dict[str, Callable[[Book], dict]] = {
     "findings": findings,
+    "counts": counts,
     "marks": marks,
     "filter": choices,
     "matrix": matrix,
     "checks": functools.partial(matrix, check=True),
     "withdrawn": withdrawn,
-    "multiplicity": lambda book: {"counts": _counts(book)},
+    "multiplicity": counts,
     "across": models_compared,
     "agreement": by_agreement,
     "seeds": lambda book: {"rows": list(book.over_seeds.items()), "first": book.records, "claims": claims.CLAIMS},
