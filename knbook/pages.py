@@ -22,9 +22,10 @@ from sphinx_design.icons import get_octicon
 from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug
 from knbook.errors import UsageError
 from kncore import zoo
-from knpaper import across, audit, claims, corpus, seeds, stored
-from knpaper.records import EARLIER, effect, read_records
-from knpaper.rules import SIDES, WITHDRAWN, Claim
+from knpaper import across, audit, claims, corpus, seeds, specifications, stored
+from knpaper.figures import FACTS, GRAMMAR
+from knpaper.records import EARLIER, column_of, effect, read_records
+from knpaper.rules import SIDES, VERDICTS, WITHDRAWN, Claim
 from knpaper.staleness import stale
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
@@ -34,7 +35,10 @@ CLAIMS_PAGE = "book/claims"
 
 @dataclass(frozen=True)
 class Book:
-    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names."""
+    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names.
+
+    Records are by claim and by model, "model, public data" where the data are not the project's own.
+    """
 
     root: Path
     chapters: Mapping[str, Chapter]
@@ -49,9 +53,10 @@ class Book:
 
     @property
     def models(self) -> list[str]:
-        """The notebooks' own models, then all others with a record."""
+        """The notebooks' own models, on whatever data, then all others with a record."""
         own = {str(chapter.defaults["model"]) for chapter in self.chapters.values() if "model" in chapter.defaults}
-        return [*sorted(own), *sorted({model for _, model in self.judged} - own)]
+        rest = {name for _, name in self.judged} - own
+        return [*sorted(own), *sorted(rest, key=lambda name: (name.partition(", ")[0] not in own, name))]
 
     @property
     def judged(self) -> Mapping[tuple[str, str], Mapping]:
@@ -78,7 +83,7 @@ def load(root: Path, names: Iterable[str] = ()) -> Book:
     found, records = read_records(root / "results"), {}
     over_seeds = seeds.stability(found)
     for record in found:
-        key = record["claim"], record["model"]
+        key = record["claim"], column_of(record)
         unstable = key in over_seeds and over_seeds[key].word != "stable"
         records[key] = {**EARLIER, "unstable": unstable, **record, "stale": stale(record)}
     by_number = {chapter.number: chapter for chapter in chapters(root)}
@@ -221,6 +226,65 @@ def by_agreement(book: Book) -> dict:
     return {"rows": across.across(book.judged), "models": book.models, "target": book.target}
 
 
+def agreement(book: Book) -> dict:
+    """Return the claims with a record of the default model on the project's own data and on public ones, drawn beside
+    each other, and how many verdicts are the same and how many opposite."""
+    rows = []
+    for claim in claims.CLAIMS.values():
+        pair = [book.records.get((claim.id, f"{book.model}{data}")) for data in ("", ", public data")]
+        if None not in pair:
+            rows.append({"claim": claim, "page": book.page(claim.chapter), **_beside(claim, *pair)})
+    verdicts = [{row["own"]["verdict"], row["public"]["verdict"]} for row in rows]
+    same = sum(len(pair) == 1 for pair in verdicts)
+    return {"rows": rows, "same": same, "opposite": sum(pair == {*VERDICTS[:2]} for pair in verdicts)}
+
+
+def localisation(book: Book) -> dict:
+    """Return chapter 3's tables of how local relations and conditions are, of own and of public data."""
+    found = {}
+    for label, folder in (("own data", book.model), ("public data", f"{book.model}@public")):
+        path = book.root / "results" / folder / "localisation.tsv"
+        if path.is_file():
+            found[label] = pd.read_csv(path, sep="\t").to_dict("records")
+    return {"tables": found}
+
+
+def multiverse(book: Book) -> dict:
+    """Return for each claim of the multiverse its curve, and how many specifications agree with the book's verdict."""
+    path = book.root / "results" / "multiverse.tsv"
+    rows = specifications.read(path) if path.is_file() else pd.DataFrame(columns=["claim"])
+    rows = rows[rows.claim.isin(list(claims.CLAIMS))]
+    counts = specifications.agreement(rows) if len(rows) else []
+    found = []
+    for claim, part in rows.groupby("claim", sort=False):
+        mine = [count for count in counts if count["claim"] == claim]
+        found.append(
+            {"claim": claims.CLAIMS[claim], "curve": specifications.curve(part, claims.CLAIMS[claim]), "counts": mine}
+        )
+    return {"claims": found, "total": len(rows), "page": book.page}
+
+
+def _beside(claim: Claim, own: Mapping, public: Mapping) -> dict:
+    """Return two records of a claim and their places in pixels on one axis that holds both and the rule's border.
+
+    An end that the data do not bound goes to the end of the axis.
+    """
+    borders = [claim.threshold] if claim.kind == "above" else [-claim.threshold, claim.threshold]
+    shown = [x for r in (own, public) for x in (r["low"], r["value"], r["high"]) if x is not None] + borders
+    first, last = min(shown), max(shown)
+
+    def at(x: float | None, end: float) -> str:
+        return f"{8 + 204 * ((end if x is None else x) - first) / (last - first or 1):.1f}"
+
+    bars = []
+    for record, name, y in ((own, "own data", 12), (public, "public data", 30)):
+        ends = {"low": at(record["low"], first), "value": at(record["value"], 0), "high": at(record["high"], last)}
+        colour = FACTS if record is own else GRAMMAR
+        bars.append({**ends, "y": y, "colour": colour, "title": f"{name}: {effect(record)}, n = {record['n']}"})
+    ends = [f"{x:.2g}" for x in (first, last)]
+    return {"own": own, "public": public, "bars": bars, "borders": [at(x, 0) for x in borders], "ends": ends}
+
+
 def _records(book: Book) -> dict:
     """Return the records by claim and model, None where there is none."""
     return {(claim, model): book.judged.get((claim, model)) for claim in claims.CLAIMS for model in book.models}
@@ -293,8 +357,11 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "withdrawn": withdrawn,
     "multiplicity": counts,
     "across": models_compared,
-    "agreement": by_agreement,
+    "by-model": by_agreement,
     "seeds": lambda book: {"rows": list(book.over_seeds.items()), "first": book.records, "claims": claims.CLAIMS},
+    "agreement": agreement,
+    "localisation": localisation,
+    "multiverse": multiverse,
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},

@@ -15,6 +15,7 @@ from kncore import products
 from kncore.models import LM
 from kncore.store import disk
 from knpaper import resources
+from knpaper.datasets import files
 from knpaper.records import DECIDING, DECLARED, checksum, package_version, place_of, results_folder, says_the_same
 from knpaper.rules import CLAIMS, VERDICTS, Claim
 from knpaper.staleness import code
@@ -120,7 +121,8 @@ def record(
     `known` lowers n to the number of units that the model knows: unknown ones are no evidence either way. `parameters`
     are kept as they are given. `date` is the day (UTC) on which these numbers were first recorded: a record that says
     the same on another date stays as it is. Raises KeyError for a claim that is not declared and ValueError for an
-    estimate that is not a number, and for a model that was changed since it was loaded.
+    estimate that is not a number, and for a model that was changed since it was loaded. Records of other data than the
+    project's own have a folder of their own, `<results>/<model>@<source>`.
     """
     if lm.is_modified:
         raise ValueError(
@@ -146,7 +148,7 @@ def record(
         "family": lm.spec.family,
         "dtype": str(lm.dtype).removeprefix("torch."),
         **products.noted(lm),
-        "source": source,
+        "source": files.named(source),
         "seed": seed,
         "parameters": parameters,
         "code": code(claim, lm.spec.family),

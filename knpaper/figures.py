@@ -178,10 +178,12 @@ def scatter(
     colours: Colours,
     seed: int = 0,
     zero: bool = False,
+    pooled: bool = True,
 ) -> Sequence[Axes]:
     """Return one column of a table against others, a panel each, coloured `by` a third.
 
-    The line is least squares with its 95 % band. `across` maps columns to axis labels. Rows without a value in a
+    The line is least squares with its 95 % band: one of all rows, or where they are not `pooled`, which groups that lie
+    apart must not be, one of each group in its colour. `across` maps columns to axis labels. Rows without a value in a
     column are left out of its panel. `zero` draws lines through zero on both axes.
     """
     table = table[table[by].isin(colours)]
@@ -193,8 +195,11 @@ def scatter(
         for kind, colour in colours.items():
             part = table[table[by] == kind]
             ax.plot(part[column], part[up], "o", ms=3, alpha=0.45, mew=0, color=colour, label=_label(kind))
-        line = {"color": "black", "lw": 1.4}
-        sns.regplot(table, x=column, y=up, scatter=False, line_kws=line, n_boot=1000, seed=seed, ax=ax)
+        for kind, colour in {"": "black"}.items() if pooled else colours.items():
+            part = table if pooled else table[table[by] == kind]
+            settings = {"scatter": False, "line_kws": {"lw": 1.4}, "color": colour, "n_boot": 1000, "seed": seed}
+            if pooled or part[column].nunique() > 1:
+                sns.regplot(part, x=column, y=up, ax=ax, **settings)
         ax.set(xlabel=label, ylabel="")
         ax.grid(axis="y", lw=0.4)
     axes[0, 0].set_ylabel(ylabel)

@@ -123,8 +123,9 @@ def by_relation(
 def unspecific(held: CapturedPrompts, facts: Sequence[Group], own: pd.DataFrame) -> pd.DataFrame:
     """Measure each fact's prompts under unspecific damage that costs its answer as much as its own neurons do.
 
-    The damage is the most active neurons above block 0 (a model has two blocks at least); of `DAMAGE` the number is taken whose mean loss over the fact's
-    prompts is nearest to that in `own`, the table of `own_edits`. Returns the rows of `ablation.measure`, by prompt.
+    The damage is the most active neurons above block 0 (a model has two blocks at least); of `DAMAGE` the number is
+    taken whose mean loss over the fact's prompts is nearest to that in `own`, the table of `own_edits`. Returns the
+    rows of `ablation.measure`, by prompt.
     """
     ablations, doses = [], []
     for fact in facts:

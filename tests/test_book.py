@@ -24,7 +24,7 @@ import kncore
 import knpaper
 from knbook import checkout, sphinxext
 from knpaper import claims, looking, stored
-from knpaper.records import effect, read_records
+from knpaper.records import column_of, effect, read_records
 from knpaper.staleness import stale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -312,7 +312,7 @@ def test_the_tracked_records_of_the_models_that_the_book_runs_are_fresh():
     own |= set(checkout.COMPANION_MODELS)
     records = [told for told in read_records(ROOT / "results") if told["model"] in own]
     assert records
-    found = {(told["claim"], told["model"]): stale(told) for told in records}
+    found = {(told["claim"], column_of(told)): stale(told) for told in records}
     assert not any(found.values()), f"run `make notebooks`: {found}"
 
 
@@ -320,7 +320,7 @@ def test_the_matrix_shows_every_record_with_its_verdict_and_where_it_came_from(p
     page = pages[HTML / "book" / "claims.html"]
     chapters = [c for c in checkout.chapters(ROOT) if f"notebooks/{c.path.stem}" in contents()]
     own = {chapter.number: chapter for chapter in chapters}
-    records = {(told["claim"], told["model"]): told for told in read_records(STAGED / "results")}
+    records = {(told["claim"], column_of(told)): told for told in read_records(STAGED / "results")}
     rows = {}
     for body in page.select("table.matrix > tbody"):
         rows |= {(body["id"], row["data-model"]): row for row in body.select("tr[data-model]:not(.not-run)")}
@@ -334,9 +334,9 @@ def test_the_matrix_shows_every_record_with_its_verdict_and_where_it_came_from(p
         verdict = claim.word(told["verdict"]) + (" stale: " + "; ".join(reasons) if reasons else "")
         assert said["Verdict"].removesuffix(" unstable over seeds") == verdict, place
         assert f"{said['Effect']} {said['95 % interval']}" == effect(told) and said["n"] == str(told["n"]), place
-        assert claim.check or said["Speaks for"].removesuffix(" exploratory") == told.get("side", "neither"), place
+        assert claim.check or said["Speaks for"] == told.get("side", "neither"), place
         chapter = own.get(told["chapter"])
-        if chapter and told["model"] == chapter.defaults.get("model", told["model"]):
+        if chapter and place[1] == chapter.defaults.get("model", place[1]):
             assert row.find("a")["href"] == f"../notebooks/{chapter.path.stem}.html", place
     assert {body["id"] for body in page.select("table.matrix > tbody")} == set(claims.CLAIMS)
     assert len(page.select("table.provenance tbody tr")) == len(records)

@@ -243,7 +243,7 @@ def test_the_matrix_has_a_row_for_each_claim_and_model_and_the_checks_stand_apar
         assert list(cells(row))[:5] == ["Verdict", "n", "Effect", "95 % interval", "Smallest effect"]
         assert list(cells(row).values())[:5] == [claim.word(verdict), "40", "0.80", "[0.60, 0.90]", claim.border]
         side = "the intervention" if claim.check else claim.side(verdict)
-        assert list(cells(row).values())[6] == side + " exploratory" * bool(claim.exploratory)
+        assert list(cells(row).values())[6] == side
     assert list(rows_of(page, FIRST.id)) == ["tiny", "a/b@c", "z"]
     assert rows_of(page, PLAIN[1].id)["a/b@c|z"].get_text() == "not run on a/b@c, z"
 
@@ -427,8 +427,8 @@ def test_models_are_set_side_by_side(toy, monkeypatch, family):
     assert "Masked models:" not in said, "none of these models is masked"
     assert "z stands alone against at least two others in 1 of the 1." in said
     assert "z and controlled-y differ most: opposite verdicts on 1 of the 1 claims" in said
-    rows = [[cell.get_text().strip() for cell in row] for row in body(shown(toy, "agreement"))]
-    assert shown(toy, "agreement").select("thead th")[1].get_text() == "tiny"
+    rows = [[cell.get_text().strip() for cell in row] for row in body(shown(toy, "by-model"))]
+    assert shown(toy, "by-model").select("thead th")[1].get_text() == "tiny"
     assert [row[0] for row in rows] == ["b is so.", "c is so.", "a is so."]
     assert [row[-1] for row in rows] == ["0.67", "0.00", "flips"]
 
