@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -31,6 +32,7 @@ from kncore.query import Query
 from kncore.store import disk, fingerprint
 from knpaper import corpus, planted, stats, tasks
 from knpaper.planted import Planting
+from knpaper.stats import Estimate
 
 MODELS = ("controlled-gpt2", "controlled-gpt2-1", "controlled-gpt2-2", "controlled-llama", "controlled-bert")
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
@@ -197,6 +199,25 @@ def rewritten(lm: LM, facts: Sequence[Sequence[Query]], block: int, of: str) -> 
     return _columns(of, rows)
 
 
+def rewritten_where_due(lm: LM, facts: Sequence[Sequence[Query]], block: int, of: str) -> dict[str, list[float]]:
+    """Return, as `rewritten` does, what edits do that ROME makes where the answer is due, and not at the subject."""
+
+    def read(*given) -> list:
+        return [(encoded, encoded.position) for encoded, _ in rome.prompts(*given)]
+
+    requests = [replace(fact[0], foil=facts[(i + 1) % len(facts)][0].target) for i, fact in enumerate(facts)]
+    settings = replace(rome.HPARAMS[lm.name.partition("+")[0]], block=block)
+    found = rome.search(lm, requests, settings, read=read)
+    rows = []
+    for i, edit in enumerate(editors.write_searches(found, covariance(lm, block, settings.covariance), block)):
+        others = [fact[0] for j, fact in enumerate(facts) if j != i]
+        own = _says(lm, facts[i], [requests[i].foil] * len(facts[i]), edit)
+        kept = _says(lm, others, [query.target for query in others], edit)
+        paraphrases, kept = sum(own[1:]) / (len(own) - 1), sum(kept) / len(kept)
+        rows.append({"rewritten": own[0], "paraphrases": paraphrases, "others keep": kept})
+    return _columns(of, rows)
+
+
 def _says(lm: LM, queries: Sequence[Query], words: Sequence[str], edit: editors.Edit) -> list[float]:
     with interventions.edited(lm, *edit.deltas) if edit.deltas else torch.no_grad():
         best = predictions.log_probabilities(lm, queries).argmax(1).tolist()
@@ -258,6 +279,29 @@ def read(path: str | Path) -> pd.DataFrame:
     """Return a table that was stored; an empty one where there is none."""
     path = Path(path)
     return pd.read_csv(path, sep="\t", dtype={"units": str}) if path.exists() else pd.DataFrame(columns=COLUMNS)
+
+
+def units(table: pd.DataFrame, measure: str, share: float, models: Sequence[str]) -> np.ndarray:
+    """Return the values of a measure, a row for each of the models that the table has, a column for each fact."""
+    chosen = table[(table.measure == measure) & (table.share == share) & table.model.isin(models)]
+    return np.array([[float(x) for x in shown.split()] for shown in chosen.units])
+
+
+def over_facts(values: np.ndarray) -> Estimate:
+    """Return the mean over facts of what `units` gives, each averaged over the models first. n counts facts."""
+    facts = np.broadcast_to(np.arange(values.shape[1]), values.shape).ravel()
+    yes_or_no = bool(np.isin(values, (0, 1)).all())
+    return stats.share(values.ravel(), facts) if yes_or_no else stats.mean(values.ravel(), facts)
+
+
+def curve(table: pd.DataFrame, measure: str, models: Sequence[str]) -> dict[float, Estimate]:
+    """Return a measure by the share of the fact that is planted, as it was measured on average, lowest first."""
+    points = {}
+    for share in sorted(set(table.share)):
+        values = units(table, measure, share, models)
+        if len(values):
+            points[float(units(table, "share, measured", share, models).mean())] = over_facts(values)
+    return points
 
 
 def main() -> None:

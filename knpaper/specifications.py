@@ -65,7 +65,7 @@ def curve(part: pd.DataFrame, claim: Claim) -> dict:
     ends = part[["low", "high"]].clip(part.value.quantile(0.01) - 3, part.value.quantile(0.99) + 3)
     borders = [claim.threshold] if claim.kind == "above" else [-claim.threshold, claim.threshold]
     first, last = min(ends.low.min(), *borders, 0), max(ends.high.max(), *borders, 0)
-    step = (WIDTH - LEFT - 10) / len(part)
+    step = min(24, (WIDTH - LEFT - 10) / len(part))
 
     def across(place: int) -> str:
         return f"{LEFT + step * (place + 0.5):.1f}"

@@ -137,6 +137,16 @@ def capitals(lm: LM, n: int, seed: int = 0, source: str = "own") -> list[Case]:
     return cases.bijective("capital", min(n, len(pairs)), seed, subjects, objects)
 
 
+def rewrites(lm: LM, n: int, seed: int = 0, source: str = "own") -> list[Case]:
+    """Return at most `n` facts to rewrite: capitals (see `capitals`), or cases of CounterFact from public data.
+
+    What the model knows of CounterFact is not asked.
+    """
+    if source == "own":
+        return capitals(lm, n, seed)
+    return cases.public_cases("counterfact", _path(source), n, seed)
+
+
 def scholars(lm: LM, n: int, seed: int = 0, source: str = "own") -> tuple[list[Case], int]:
     """Return at most `n` requests to rewrite a scholar's field of work, and how many scholars' fields the model knows.
 
