@@ -21,7 +21,7 @@ from toy import COMPUTE, make_checkout, notebook, snapshot
 from knbook import book, errors, pages, runner
 from kncore import zoo
 from kncore.store import disk
-from knpaper import across, audit, claims, records, rules, staleness
+from knpaper import across, audit, claims, records, rules, seeds, staleness
 from knpaper.records import checksum, package_version, read_records
 from knpaper.rules import VERDICTS, Claim
 from knpaper.stats import Estimate
@@ -369,7 +369,7 @@ def recorded(toy: Path, monkeypatch, **verdicts: dict[str, str]) -> None:
 
 def declare(monkeypatch, *declared: Claim) -> None:
     """Let these be the claims of the book."""
-    for module in (rules, claims, records, across, audit, staleness):
+    for module in (rules, claims, records, across, audit, seeds, staleness):
         monkeypatch.setattr(module, "CLAIMS", {claim.id: claim for claim in declared})
 
 
