@@ -7,9 +7,15 @@ In what is asked afterwards `target` is what a model that took the edit in says,
 nouns), and by `locality` other subjects (the determiners of the other number) keep their own answers. `symmetry` (Niu
 et al. 2024, section 4) reads the question backwards: after "the capital of Canada is Rome", Rome is the capital of
 Canada, no longer of Italy; `symmetry_old` does so for the answer before the edit, which is left without a right answer:
-its target is the subject of the request, and there is no foil. `synonymy` (section 4) asks for the same fact in other
-words: whoever works in linguistics is a linguist. `largest_city` is a control of capitals, which is what it was, and
-`other_determiner` the other one of the number that was edited, which follows if it is a rule that was edited.
+its target is the subject of the request, and there is no foil. `largest_city` is a control of capitals, which is what
+it was. `synonymy` (section 4) asks for the same fact in other words: whoever works in linguistics is a linguist. Where
+the two words do not look alike, `decoy` asks for an occupation that begins as the field does and belongs to another,
+and `occupations` for those of other fields, all in the same prompts.
+
+Agreement is edited in a two-by-two of determiner and noun. In five other prompts stand the edited determiner
+(`generality`: their own nouns, `same_noun`: that of the request) and the other one of its number, which follows if it
+is a rule that was edited (`other_determiner`, `other_determiner_same_noun`); `other_number` has determiners of the
+other number before the nouns of `generality`, asked for the same form.
 
 Everything is drawn from lists with a seed. All cases are drawn before the first `n` are taken, so that a smaller `n`
 gives the first cases of a larger one.
@@ -25,12 +31,15 @@ from itertools import permutations
 from pathlib import Path
 
 from kncore import checks
-from kncore.query import Query
+from kncore.query import Query, capital
 from knpaper import grammar, resources, tasks
 from knpaper.datasets import counterfact, pararel
 from knpaper.tasks import Relation
 
-CRITERIA = tuple("reliability generality locality symmetry symmetry_old synonymy largest_city other_determiner".split())
+CRITERIA = tuple(
+    "reliability generality locality symmetry symmetry_old synonymy decoy occupations largest_city same_noun "
+    "other_determiner other_determiner_same_noun other_number".split()
+)
 PUBLIC = ("counterfact", "P36", "P1376", "P101")
 CONTROLS = {"capital": "largest_city"}
 FEW = 5  # neighbours of a request; other nouns after a determiner
@@ -50,9 +59,26 @@ def scholars() -> dict[str, str]:
     return dict(sorted(_rows("scholars")))
 
 
+def work(public: bool = False, path: str | Path | None = None) -> Relation:
+    """Return the fields of the scholars, or those of P101 of ParaRel whose workers `synonyms` names."""
+    if public:
+        return _named(_pararel("P101", path))
+    return replace(tasks.describe("field_of_work"), pairs=tuple(scholars().items()))
+
+
+def _named(known: Relation) -> Relation:
+    return replace(known, pairs=tuple(pair for pair in known.pairs if pair[1] in synonyms()))
+
+
 def synonyms() -> dict[str, tuple[str, ...]]:
     """Return fields of work and what a worker in the field is called: the usual word first, then other right ones."""
     return {field: (usual, *filter(None, more.split("|"))) for field, usual, more in _rows("synonyms")}
+
+
+def unlike() -> list[tuple[str, str, str]]:
+    """Return fields, what a worker in each is called, which begins otherwise, and an occupation that begins as the
+    field does (three letters at least) and belongs to another one."""
+    return [tuple(row) for row in _rows("unlike")]
 
 
 def bijective(
@@ -116,7 +142,7 @@ def synonymy(
 
     Raises ValueError for a subject that is no scholar of the table, or an `n` that is not from 1 to their number.
     """
-    known = known or replace(tasks.describe("field_of_work"), pairs=tuple(scholars().items()))
+    known = known or work()
     called, occupation = called or synonyms(), tasks.describe("occupation")
 
     def differ(old: str, new: str) -> bool:
@@ -130,12 +156,89 @@ def synonymy(
     return cases
 
 
+def reverse(case: Case) -> Case:
+    """Return the request of a case of `bijective` read backwards, with its questions: what is written is the same fact.
+
+    After "the capital of Canada is Rome" that is "Rome is the capital of", now Canada and no longer Italy. Symmetry
+    asks for the capital of Canada, `symmetry_old` for that of Italy, which was Rome.
+    """
+    first, *others = case.queries["symmetry"]
+    asked = (*case.queries["reliability"], *case.queries["generality"])
+    queries = {
+        "reliability": (first,),
+        "generality": tuple(others),
+        "symmetry": asked,
+        "symmetry_old": tuple(replace(_about(query, first.foil), foil="") for query in asked),
+    }
+    return Case(_flip(first), queries)
+
+
+def elsewhere(drawn: Sequence[Case], cities: Mapping[str, str], seed: int = 0) -> list[Case]:
+    """Return the requests of `bijective` with a city that is no capital in the place of the new one.
+
+    No fact of the relation is then against the reversed question. `cities` maps each to its country, which is the foil
+    of symmetry; they come in an order drawn from `seed`, none twice and none in its own country. There may be fewer
+    cases than were given.
+    """
+    free = random.Random(f"cities {seed}").sample(sorted(cities), len(cities))
+    found = []
+    for case in drawn:
+        city = next((city for city in free if cities[city] != case.request.subject), None)
+        if city is None:
+            break
+        free.remove(city)
+        queries = {
+            name: tuple(replace(query, target=city) for query in case.queries[name])
+            for name in ("reliability", "generality")
+        }
+        queries["symmetry"] = tuple(replace(_about(q, city), foil=cities[city]) for q in case.queries["symmetry"])
+        found.append(Case(replace(case.request, foil=city), queries))
+    return found
+
+
+def cities() -> dict[str, str]:
+    """Return cities that are the capital of no country, and the country of each."""
+    return dict(map(tuple, _rows("cities")))
+
+
+def moved(
+    rows: Sequence[tuple[str, str, str]],
+    n: int | None = None,
+    seed: int = 0,
+    subjects: Collection[str] | None = None,
+    known: Relation | None = None,
+    prompts: int = 3,
+) -> list[Case]:
+    """`n` requests as in `synonymy` to the fields of `rows` (as `unlike` has them), each once before any comes again.
+
+    The foil of synonymy and of the decoy is the occupation of the old field. `occupations` asks for those of the other
+    rows, prompt by prompt. Occupations are asked in so many `prompts`. Raises ValueError as `synonymy` does.
+    """
+    known = known or work()
+    called, occupation = {field: names for field, *names in rows}, tasks.describe("occupation")
+    usual = {field: names[0] for field, names in synonyms().items()}
+
+    def differ(old: str, new: str) -> bool:
+        return old != new and not {usual[old], *synonyms()[old]} & set(called[new])
+
+    cases = []
+    for person, old, new, queries in _edits(known, known.pairs, sorted(called), differ, n, seed, subjects):
+        right, decoy = called[new]
+        others = [word for word in dict.fromkeys(word for word, _ in called.values()) if word not in called[new]]
+        queries["synonymy"] = _ask(occupation, person, right, usual[old])[:prompts]
+        queries["decoy"] = _ask(occupation, person, decoy, usual[old])[:prompts]
+        queries["occupations"] = tuple(replace(q, target=word, foil="") for q in queries["decoy"] for word in others)
+        cases.append(Case(_flip(queries["reliability"][0]), queries))
+    return cases
+
+
 def agreement(n: int | None = None, seed: int = 0) -> list[Case]:
     """`n` requests (None: 400) that make a determiner take a noun in the wrong number: "Anna explored these" -> castle.
 
     They are the minimal pairs of `grammar.minimal_pairs("determiner_noun")`, half of them plural determiners that shall
-    take a singular, half the other way round. Generality: the determiner of the request in five other prompts drawn
-    from `seed`. Raises ValueError for an odd `n` or one that the grammar does not have.
+    take a singular, half the other way round. The five other prompts are drawn from `seed`.
+
+    Raises ValueError for an odd `n` or one that the grammar does not have.
     """
     pool = grammar.minimal_pairs("determiner_noun", seed=seed)
     partner = {word: other for two in zip(*grammar.DETERMINERS, strict=True) for word, other in permutations(two)}
@@ -146,11 +249,16 @@ def agreement(n: int | None = None, seed: int = 0) -> list[Case]:
         drawn = random.Random(f"{request.prompt} {seed}").sample(list(others.values()), FEW)
         kept = [word for word in partner if word not in (request.subject, partner[request.subject])]
         value = "plural" if request.value == "singular" else "singular"
+        nouns = tuple(map(_flip, drawn))
+        same = tuple(replace(q, target=request.foil, foil=request.target, item=request.item) for q in nouns)
         queries = {
             "reliability": (_flip(request),),
-            "generality": tuple(map(_flip, drawn)),
-            "other_determiner": (_instead(_flip(request), partner[request.subject]),),
+            "generality": nouns,
             "locality": tuple(replace(_instead(_flip(request), word), value=value) for word in kept),
+            "same_noun": same,
+            "other_determiner": tuple(_instead(query, partner[request.subject]) for query in nouns),
+            "other_determiner_same_noun": tuple(_instead(query, partner[request.subject]) for query in same),
+            "other_number": tuple(replace(_instead(q, kept[i % 2]), value=value) for i, q in enumerate(nouns)),
         }
         cases.append(Case(request, queries))
     return cases
@@ -180,8 +288,7 @@ def public_cases(kind: str, path: str | Path | None = None, n: int | None = None
         raise checks.unknown("kind of public cases", kind, PUBLIC)
     known = _pararel(kind, path)
     if kind == "P101":
-        pairs = tuple(pair for pair in known.pairs if pair[1] in synonyms())
-        return synonymy(n, seed, known=replace(known, pairs=pairs))
+        return synonymy(n, seed, known=_named(known))
     return bijective(known, n, seed, inverse=_pararel({"P36": "P1376", "P1376": "P36"}[kind], path))
 
 
@@ -258,6 +365,12 @@ def _ask(relation: Relation, subject: str, target: str, foil: str = "") -> tuple
 
 def _flip(query: Query) -> Query:
     return replace(query, target=query.foil, foil=query.target)
+
+
+def _about(query: Query, subject: str) -> Query:
+    """Return a question of a relation about another subject."""
+    shown = capital(subject) if query.template.startswith("{}") else subject
+    return replace(_instead(query, shown), item=f"{query.task}:{subject}")
 
 
 def _instead(query: Query, subject: str) -> Query:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 from jaxtyping import Float
@@ -112,6 +113,33 @@ def edit_and_measure(
     return edits, tables
 
 
+def both(first: Sequence[Edit], second: Sequence[Edit]) -> list[Edit]:
+    """Return the edits of weights that make the changes of two, request by request; failed where one of the two did."""
+    return [
+        Edit(one.deltas + two.deltas, failed=one.failed or two.failed) for one, two in zip(first, second, strict=True)
+    ]
+
+
+def statements(lm: LM, cases: Sequence[Case]) -> dict[str, list[Edit]]:
+    """Return what is put before the questions of each case: its fact, and two controls of what in it is read.
+
+    These give the same subject the new answer of the next case, or name subject and new answer in another sentence.
+    """
+    requests = [case.request for case in cases]
+    foils = [request.foil for request in requests]
+    others = [
+        next(foil for foil in foils[i + 1 :] + foils[:i] if foil not in (request.foil, request.target))
+        for i, request in enumerate(requests)
+    ]
+    elsewhere = [replace(request, foil=foil) for request, foil in zip(requests, others, strict=True)]
+    named = [f"Anna visited {request.subject} in the winter and {request.foil} in the summer. " for request in requests]
+    return {
+        "the fact": editors.in_context(lm, requests),
+        "another answer": editors.in_context(lm, elsewhere),
+        "both names": [Edit(context=text) for text in named],
+    }
+
+
 def shares(
     tables: Mapping[str, pd.DataFrame], by: str = "says", few: int | None = None
 ) -> dict[str, dict[str, stats.Estimate]]:
@@ -128,12 +156,14 @@ def shares(
     return rows
 
 
-def edit_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return one row per table of `criteria.measure` and criterion: what is given and preferred, and the margins."""
-    rows = []
+def edit_table(tables: Mapping[str, pd.DataFrame], by: str = "margin") -> pd.DataFrame:
+    """Return one row per table of `criteria.measure` and criterion: what is given and preferred, and the margins.
+
+    Preferred is as in `criteria.success`, to the rival or by "best" to all that the prompt is asked for.
+    """
+    rows, column = [], "best of all asked, after" if by == "best" else "preferred, after"
     for label, table in tables.items():
-        both = zip(criteria.summary(table).itertuples(), criteria.summary(table, "margin").itertuples(), strict=True)
-        for given, preferred in both:
+        for given, preferred in zip(*(criteria.summary(table, way).itertuples() for way in ("says", by)), strict=True):
             rows.append(
                 {
                     "editor": label,
@@ -142,7 +172,7 @@ def edit_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                     "failed": given.failed,
                     "given, before": f"{given.before:.2f}",
                     "after": f"{given.after:.2f} [{given.low:.2f}, {given.high:.2f}]",
-                    "preferred, after": f"{preferred.after:.2f}",
+                    column: f"{preferred.after:.2f}",
                     "margin, before": f"{given.margin_before:+.1f}",
                     "margin, after": f"{given.margin_after:+.1f}",
                 }

@@ -35,7 +35,8 @@ from knpaper import stats
 from knpaper.cases import Case
 
 CONTROLS = ("locality", "symmetry_old", "largest_city")  # criteria that ask whether an answer stays
-FORMS = ("says", "margin", "rank")
+RIVALS = ("occupations",)  # criteria that are there to compete, and have no success of their own
+FORMS = ("says", "margin", "rank", "best")
 STORED = 256  # prompts between two writes to the store
 LOW_RANK = 16  # up to here edits share a batch, row by row; the weights of an edit above are exchanged once
 
@@ -258,7 +259,8 @@ def success(table: pd.DataFrame, by: str = "says") -> pd.Series:
     Asked for the new fact: the model says the target after the edit. Asked for what is to stay (`CONTROLS`): it said
     the target before and says it still; <NA> where it did not say it before. To say is, by "says", that every token of
     the target is the most probable one; by "margin", that it is more probable per token than the foil (<NA> without
-    one); by "rank", that its first token is the most probable one. Rows whose edit failed are <NA>. Raises ValueError
+    one); by "rank", that its first token is the most probable one; by "best", that it is more probable per token than
+    all other targets and foils that the case has for this prompt. Rows whose edit failed are <NA>. Raises ValueError
     for another `by`.
     """
     before, after = (_said(table, by, when) for when in ("before", "after"))
@@ -273,21 +275,29 @@ def _said(table: pd.DataFrame, by: str, when: str) -> pd.Series:
     if by == "rank":
         return (table[f"rank_{when}"] == 0).astype("boolean")
     margin = table[f"margin_{when}"]
+    if by == "best":
+        own = table[f"logp_{when}"]
+        both = pd.concat([own, own - margin], axis=1).max(axis=1)
+        most = both.groupby([table["case"], table["prompt"]]).transform("max")
+        return ((own >= most) & ~(margin <= 0)).astype("boolean").mask(own.isna())
     return (margin > 0).astype("boolean").mask(margin.isna())
 
 
 def summary(table: pd.DataFrame, by: str = "says") -> pd.DataFrame:
-    """Return one row per criterion, in the order of the table; all means are over cases, which weigh alike.
+    """Return one row per criterion but `RIVALS`, in the order of the table. Means are over cases, which weigh alike.
 
     `cases` that can tell, `failed` cases whose edit did (they count in no other column); `before`, the share of
     questions that the model answered with the target before the edit; `after`, the share of successes (see `success`)
     with Wilson's interval from `low` to `high`; `margin_before`, `margin_after` in nats per token.
     """
     rows = []
-    for criterion, part in table.assign(success=success(table, by)).groupby("criterion", sort=False):
+    judgement = {"success": success(table, by), "said": _said(table, by, "before")}
+    for criterion, part in table.assign(**judgement).groupby("criterion", sort=False):
+        if criterion in RIVALS:
+            continue
         whole = part[part["failed"] == ""]
         judged = whole[whole["success"].notna()]
-        before = _said(whole, by, "before").astype("Float64").groupby(whole["case"]).mean().mean()
+        before = whole["said"].astype("Float64").groupby(whole["case"]).mean().mean()
         after = stats.Estimate(math.nan, math.nan, math.nan, 0)
         if len(judged):
             after = stats.share(judged["success"].tolist(), judged["case"].tolist())
@@ -298,9 +308,12 @@ def summary(table: pd.DataFrame, by: str = "says") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def share(table: pd.DataFrame, criterion: str, by: str = "says") -> stats.Estimate:
-    """Return the share of successes of one criterion (see `success`) with Wilson's interval; the units are items."""
-    outcomes = _outcomes(table, criterion, by)
+def share(table: pd.DataFrame, criterion: str, by: str = "says", lost: bool = False) -> stats.Estimate:
+    """Return the share of successes of one criterion (see `success`), or of failures where it asks what is `lost`.
+
+    With Wilson's interval; the units are items.
+    """
+    outcomes = _outcomes(table, criterion, by) ^ lost
     return stats.share(outcomes.tolist(), outcomes.index.tolist())
 
 
@@ -315,13 +328,24 @@ def _outcomes(table: pd.DataFrame, criterion: str, by: str) -> pd.Series:
     return success(table, by)[mine].set_axis(table.loc[mine, "item"]).dropna().astype(bool)
 
 
-def item_margins(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean margin after the edit, in nats per token, of each item (rows) and criterion (columns).
+def item_gains(table: pd.DataFrame) -> pd.DataFrame:
+    """Return by how much the edit raised the mean margin, in nats per token, of each item (rows) and criterion.
 
     Items whose edit failed are left out.
     """
     whole = table[table["failed"] == ""]
-    return whole.groupby(["item", "criterion"])["margin_after"].mean().unstack()
+    gain = whole["margin_after"] - whole["margin_before"]
+    return gain.groupby([whole["item"], whole["criterion"]]).mean().unstack()
+
+
+def item_changes(table: pd.DataFrame, criterion: str, by: str = "says") -> pd.Series:
+    """Return the share of an item's questions whose answer was brought about by the edit: said after minus said before.
+
+    From −1 to 1; `by` as in `success`. Items whose edit failed are left out.
+    """
+    mine = (table["criterion"] == criterion) & (table["failed"] == "")
+    after, before = (_said(table, by, when)[mine].astype(float) for when in ("after", "before"))
+    return (after - before).groupby(table["item"]).mean()
 
 
 @state.computes(grad=False)

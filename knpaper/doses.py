@@ -36,8 +36,8 @@ def of_facts(
 ) -> pd.DataFrame:
     """Measure the facts that the model gets right under each number of their neurons, and what else falls with them.
 
-    Beside up to two prompts of the `FACT`: one of a `NEIGHBOUR`, of an `UNRELATED` fact and of a minimal `PAIR`, all
-    right before and drawn by `rng`. The first prompt of the fact is also measured under random and under the most
+    Beside up to two prompts of the `FACT`: four of `NEIGHBOUR`s, one of an `UNRELATED` fact and of a minimal `PAIR`,
+    all right before and drawn by `rng`. The first prompt of the fact is also measured under random and under the most
     active neurons, and with its own enhanced. Returns the table of `ablation.measure`, with the number of neurons
     (`dose`) and the place of the fact (`unit`).
     """
@@ -47,7 +47,7 @@ def of_facts(
         if fact.right:
             prompts = {
                 FACT: fact.right[:2],
-                NEIGHBOUR: _some([p for j in mates(facts, i) for p in facts[j].right], 1, rng),
+                NEIGHBOUR: _some([p for j in mates(facts, i) for p in facts[j].right], 4, rng),
                 UNRELATED: _some([p for other in facts if other.task != fact.task for p in other.right], 1, rng),
                 PAIR: _some(pairs, 1, rng),
             }
@@ -127,13 +127,16 @@ def curves(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, dict[int, Es
 
 
 def falls(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the facts that fall, by place: at which `dose` first, and whether at some dose they fall `alone`.
+    """Return the facts that fall, by place: at which `dose` first, and whether at some dose they fall alone.
 
-    A fact falls where fewer than half of its prompts stay right, and it falls alone where the unrelated fact beside it
-    stays right. `table` is of `of_facts`.
+    A fact falls where fewer than half of its prompts stay right. It falls `alone` where the unrelated fact beside it
+    stays right, and `in_company` where at least three of four prompts of its neighbours do. `table` is of `of_facts`.
     """
     fallen = table[table.label == FACT].groupby(["unit", "dose"]).prefers_after.mean() < 0.5
-    stands = table[table.label == UNRELATED].set_index(["unit", "dose"]).prefers_after
+    stands = table.groupby(["label", "unit", "dose"]).prefers_after.mean() >= 0.75
     first = fallen[fallen].reset_index().groupby("unit").dose.min()
-    alone = (fallen & stands).groupby("unit").any()
-    return pd.DataFrame({"dose": first, "alone": alone[first.index]})
+    found = {"dose": first}
+    for name, label in (("alone", UNRELATED), ("in_company", NEIGHBOUR)):
+        beside = stands[label].reindex(fallen.index, fill_value=False) if label in stands else fallen & False
+        found[name] = (fallen & beside).groupby("unit").any()[first.index]
+    return pd.DataFrame(found)

@@ -451,6 +451,19 @@ def repeats(sample: Sample, truth: float, count: int = 400, seed: int = 0) -> li
     return [Estimate(*row, n) for row in zip(values, *np.percentile(spread, [2.5, 97.5], axis=1), strict=True)]
 
 
+def jackknife(estimate: Estimate) -> Estimate:
+    """Return an estimate with Student's interval of its units in the place of its own.
+
+    Of a statistic that is no mean these are the jackknife's pseudo-values. No random number takes part, so that an
+    interval that ends near a threshold is on the same side of it for every seed. Raises ValueError where the units are
+    not known, or are of two groups.
+    """
+    if estimate.sample is None or len(estimate.sample.groups) != 1:
+        raise ValueError(f"the units behind {estimate} are not known, or are two groups; there is nothing to leave out")
+    low, high = _student(estimate.value, estimate.sample.groups)
+    return Estimate(estimate.value, low, high, estimate.n, estimate.sample)
+
+
 def _jackknife(groups: tuple[np.ndarray, ...], statistic, jointly: bool = False) -> Sample | None:
     """Return the pseudo-values of a statistic of two groups, or of pairs; None where one is not finite."""
     value = float(statistic(*groups))

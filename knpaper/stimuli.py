@@ -13,15 +13,18 @@ from kncore.predictions import predict
 from kncore.query import Query
 from knpaper import cases, grammar, tasks
 from knpaper.cases import Case
-from knpaper.datasets import blimp, pararel
+from knpaper.datasets import blimp, files, pararel
 
 TEMPLATES = 5  # of each fact
 TRIES = 150  # facts or sentences asked before unknown ones fill up the number
 RELATIONS = {
     "own": ("capital", "country_of_capital", "official_language", "native_language", "field_of_work", "occupation"),
-    "public": ("P36", "P1376", "P101", "P106", "P19", "P176"),  # those with five templates that end in [MASK]
+    "public": (  # of ParaRel: those with five patterns that end in [MASK]
+        *("P36", "P1376", "P101", "P106", "P19", "P176", "P138", "P159", "P178", "P20", "P264", "P27", "P39", "P449"),
+        *("P47", "P495", "P740", "P937"),
+    ),
 }
-PARADIGMS = (
+PARADIGMS = (  # of BLiMP: those in which what stands before the word decides on it, as a causal model needs it
     "determiner_noun_agreement_1",
     "determiner_noun_agreement_with_adjective_1",
     "determiner_noun_agreement_irregular_1",
@@ -34,13 +37,19 @@ PARADIGMS = (
 
 
 def relations(source: str = "own") -> list[str]:
-    """Return the relations that the chapters ask about: of the project's own facts, or of ParaRel."""
-    return list(RELATIONS["own" if source == "own" else "public"])
+    """Return the relations that the chapters ask about: of the project's own facts, or those of ParaRel that the source
+    holds; of what is fetched, all."""
+    names = RELATIONS["own" if source == "own" else "public"]
+    held = names if source in ("own", "public") else pararel.relations(source)
+    return [name for name in names if name in held]
 
 
 def phenomena(source: str = "own") -> list[str]:
-    """Return the phenomena that the chapters ask about: of the project's own grammars, or of BLiMP."""
-    return grammar.phenomena() if source == "own" else list(PARADIGMS)
+    """Return the phenomena that the chapters ask about: of the project's own grammars, or the paradigms of BLiMP that
+    the source holds; of what is fetched, all."""
+    if source in ("own", "public"):
+        return grammar.phenomena() if source == "own" else list(PARADIGMS)
+    return [name for name in PARADIGMS if files.holds(files.source("blimp", name), source)]
 
 
 class Selection(NamedTuple):
@@ -128,20 +137,54 @@ def capitals(lm: LM, n: int, seed: int = 0, source: str = "own") -> list[Case]:
     return cases.bijective("capital", min(n, len(pairs)), seed, subjects, objects)
 
 
+def rewrites(lm: LM, n: int, seed: int = 0, source: str = "own") -> list[Case]:
+    """Return at most `n` facts to rewrite: capitals (see `capitals`), or cases of CounterFact from public data.
+
+    What the model knows of CounterFact is not asked.
+    """
+    if source == "own":
+        return capitals(lm, n, seed)
+    return cases.public_cases("counterfact", _path(source), n, seed)
+
+
 def scholars(lm: LM, n: int, seed: int = 0, source: str = "own") -> tuple[list[Case], int]:
     """Return at most `n` requests to rewrite a scholar's field of work, and how many scholars' fields the model knows.
 
-    They are of scholars that it knows; of all where it knows fewer than three (of ParaRel: none).
+    They are of scholars that it knows; of all where it knows fewer than three. The new fields are those of
+    `occupations`.
     """
-    own = source == "own"
-    everyone = cases.synonymy(seed=seed) if own else cases.public_cases("P101", _path(source), None, seed)
-    fields = sorted(cases.synonyms())
-    right = predict(lm, [replace(case.request, foil="") for case in everyone], fields)["prefers"]
-    known = [case for case, prefers in zip(everyone, right, strict=True) if prefers]
-    if not own:
-        return (known or everyone)[:n], len(known)
-    subjects = [case.request.subject for case in (known if len(known) > 2 else everyone)]
-    return cases.synonymy(min(n, len(subjects)), seed, subjects), len(known)
+    relation = cases.work(source != "own", _path(source))
+    everyone = cases.synonymy(seed=seed, known=relation)
+    right = predict(lm, [replace(case.request, foil="") for case in everyone], sorted(cases.synonyms()))["prefers"]
+    names = [case.request.item.partition(":")[2] for case in everyone]
+    known = [name for name, prefers in zip(names, right, strict=True) if prefers]
+    subjects = known if len(known) > 2 else names
+    return cases.moved(occupations(lm, seed), min(n, len(subjects)), seed, subjects, relation), len(known)
+
+
+def occupations(lm: LM, seed: int = 0) -> list[tuple[str, str, str]]:
+    """Return fields, what a worker in each is called, and a decoy: `cases.unlike`, if the model can write the words.
+
+    One that cannot has a vocabulary of whole words, in which no two are spelt alike. It is asked for all fields of
+    `cases.synonyms`; the decoy is then the occupation of another field, drawn from `seed`.
+    """
+    rows = cases.unlike()
+    if all(_writes(lm, word) for row in rows for word in row):
+        return rows
+    usual = [(field, names[0]) for field, names in cases.synonyms().items()]
+    random.Random(f"decoys {seed}").shuffle(usual)
+    return [(field, word, usual[i - 1][1]) for i, (field, word) in enumerate(usual)]
+
+
+def free_capitals(lm: LM, drawn: Sequence[Case], seed: int = 0) -> list[Case]:
+    """Return the requests of `capitals` with a city that is no capital as the new one, if the model can write it."""
+    cities = {city: country for city, country in cases.cities().items() if _writes(lm, f"{city} {country}")}
+    return cases.elsewhere(drawn, cities, seed)
+
+
+def _writes(lm: LM, text: str) -> bool:
+    """Return whether a model has tokens for a text."""
+    return lm.tokenizer.unk_token_id not in lm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _by_item(queries: Sequence[Query], seed: int | None) -> list[list[Query]]:

@@ -22,6 +22,8 @@ from knpaper.words import next_words
 
 OWN, UPPER, ANOTHER = "its own", "its own, without block 0", "another fact's"
 ACTIVE, RANDOM = "the most active", "random"
+UNSPECIFIC = "unspecific damage of the same size"
+DAMAGE = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 120, 200)  # active neurons, of which the number is matched to a loss
 
 
 def examples(
@@ -96,6 +98,11 @@ def beyond_random(edits: pd.DataFrame, column: str) -> pd.Series:
     return own_edits(edits)[column] - edits[edits.label == RANDOM].groupby("prompt")[column].mean()
 
 
+def by_condition(values: pd.Series, edits: pd.DataFrame, seed: int = 0) -> Estimate:
+    """Return the mean over conditions (a task with a value), each of which has one set of neurons and counts once."""
+    return stats.mean(values, edits.task + ", " + edits.value, seed)
+
+
 def stays(edits: pd.DataFrame, what: str = "prefers") -> Estimate:
     """Return the share of what was right before and still is, by item; `what` is a column of `ablation.measure`.
 
@@ -111,6 +118,38 @@ def by_relation(
     """Return named estimates of all rows, and of those of each relation, as `figures.grouped` takes them."""
     parts = {"all facts": edits} | {chapter.spaced(task): part for task, part in edits.groupby("task", sort=False)}
     return {name: {label: estimate(part) for label, estimate in estimates.items()} for name, part in parts.items()}
+
+
+def unspecific(held: CapturedPrompts, facts: Sequence[Group], own: pd.DataFrame) -> pd.DataFrame:
+    """Measure each fact's prompts under unspecific damage that costs its answer as much as its own neurons do.
+
+    The damage is the most active neurons above block 0 (a model has two blocks at least); of `DAMAGE` the number is
+    taken whose mean loss over the fact's prompts is nearest to that in `own`, the table of `own_edits`. Returns the
+    rows of `ablation.measure`, by prompt.
+    """
+    ablations, doses = [], []
+    for fact in facts:
+        order = ablation.most_active(fact.sizes[1:], DAMAGE[-1])
+        order = [(block + 1, index) for block, index in order]
+        for p in fact.prompts:
+            doses += [dose for dose in DAMAGE if dose <= len(order)]
+            ablations += [Ablation(p, order[:dose], 0.0, UNSPECIFIC) for dose in DAMAGE if dose <= len(order)]
+    table = ablation.measure(held, ablations).assign(dose=doses)
+    gap = table.groupby(["item", "dose"]).loss.mean()
+    gap = (gap - own.groupby("item").loss.mean().reindex(gap.index.get_level_values("item")).to_numpy()).abs()
+    nearest = gap.groupby("item").idxmin()
+    return table[pd.MultiIndex.from_frame(table[["item", "dose"]]).isin(nearest)].set_index("prompt")
+
+
+def enhanced(held: CapturedPrompts, facts: Sequence[Group], factor: float = 2.0) -> pd.DataFrame:
+    """Measure each fact's prompts with its own neurons enhanced (`OWN`), and with as many of another fact's."""
+    ablations = []
+    for i, fact in enumerate(facts):
+        others = mates(facts, i)
+        another = facts[others[i % len(others)]].ranked(len(fact.neurons))
+        ablations += [Ablation(p, fact.neurons, factor, OWN) for p in fact.prompts]
+        ablations += [Ablation(p, another, factor, ANOTHER) for p in fact.prompts]
+    return ablation.measure(held, ablations)
 
 
 # ----------------------------------------------------------------------------------------------------- other prompts

@@ -180,6 +180,47 @@ def test_subjects_and_objects_may_be_restricted(relation, seed, data):
         assert len(near) == min(cases.FEW, len(others))
 
 
+def test_a_request_read_backwards_writes_the_same_fact():
+    (case,) = cases.bijective(subjects=["Canada"], objects=["Rome"])
+    back = cases.reverse(case)
+    request = back.request
+    assert (request.prompt, request.target, request.foil) == ("The city of Rome is the capital of", "Italy", "Canada")
+    check_common([back])
+    assert {(query.subject, query.target, query.foil) for query in back.queries["generality"]} == {
+        ("Rome", "Canada", "Italy")
+    }
+    assert len(back.queries["generality"]) == 4
+    forward = tasks.describe("capital").templates
+    for criterion, about, foil in (("symmetry", "Canada", "Ottawa"), ("symmetry_old", "Italy", "")):
+        asked = back.queries[criterion]
+        assert [query.prompt for query in asked] == [template.replace("{}", about) for template in forward]
+        assert {(query.target, query.foil) for query in asked} == {("Rome", foil)}
+        assert {query.item for query in asked} == {f"capital:{about}"}
+
+
+@given(SEEDS)
+@settings(max_examples=10, deadline=None)
+def test_a_city_that_is_no_capital_is_nobody_elses(seed):
+    capitals, cities = dict(pairs("capital")), dict(table("cities"))
+    assert not set(cities) & set(capitals.values()) and len(cities) >= 16
+    assert cases.cities() == cities
+    drawn = cases.bijective("capital", 12, seed)
+    found = cases.elsewhere(drawn, cities, seed)
+    check_common(found)
+    assert [case.request.subject for case in found] == [case.request.subject for case in drawn]
+    assert len({case.request.foil for case in found}) == 12
+    for case, before in zip(found, drawn, strict=True):
+        city = case.request.foil
+        assert case.request.target == before.request.target and cities[city] != case.request.subject
+        assert {query.target for query in case.queries["generality"]} == {city}
+        assert {(q.subject, q.target, q.foil) for q in case.queries["symmetry"]} == {
+            (city, before.request.subject, cities[city])
+        }
+        assert all(query.prompt == query.template.replace("{}", city) for query in case.queries["symmetry"])
+    one = {"Chicago": "the United States"}
+    assert len(cases.elsewhere(drawn, one)) == 1  # and then there is no city left
+
+
 # -------------------------------------------------------------------------------------------- synonymy
 
 
@@ -224,6 +265,44 @@ def test_words_that_fit_two_fields_are_never_drawn_against_each_other(monkeypatc
     assert 0 < refused < 50
 
 
+def shared(first: str, second: str) -> int:
+    """How many letters two words have in common at their beginning."""
+    return len(os.path.commonprefix([first, second]))
+
+
+def test_words_that_do_not_look_alike_and_decoys_that_do():
+    rows = table("unlike")
+    fields, called, decoys = zip(*rows, strict=True)
+    assert len(rows) >= 32 == len(set(fields[:32])) and len(set(fields)) == len(fields)
+    for field, right, decoy in rows:
+        assert shared(field, right) < 3 <= shared(field, decoy), (field, right, decoy)
+    assert not set(called) & set(decoys) and len(set(decoys)) == len(decoys)
+    assert not set(fields) & {field for field, *_ in table("synonyms")}
+    assert cases.unlike() == [tuple(row) for row in rows]
+
+
+@given(SEEDS)
+@settings(max_examples=10, deadline=None)
+def test_a_scholar_moves_to_a_field_whose_occupation_does_not_look_like_it(seed):
+    truth, rows = dict(table("scholars")), {field: (right, decoy) for field, right, decoy in table("unlike")}
+    called = {field: [usual, *filter(None, further.split("|"))] for field, usual, further in table("synonyms")}
+    found = cases.moved(cases.unlike(), 32, seed)
+    check_common(found)
+    assert len({case.request.foil for case in found}) == 32
+    for case in found:
+        old, (right, decoy) = called[truth[case.request.subject]], rows[case.request.foil]
+        assert right not in old and decoy not in old
+        wanted = [t.replace("{}", case.request.subject) for t in tasks.describe("occupation").templates[:3]]
+        for criterion, word in (("synonymy", right), ("decoy", decoy)):
+            assert [query.prompt for query in case.queries[criterion]] == wanted
+            assert {(query.target, query.foil) for query in case.queries[criterion]} == {(word, old[0])}
+        others = defaultdict(set)
+        for query in case.queries["occupations"]:
+            assert query.foil == "" and query.target not in others[query.prompt]
+            others[query.prompt].add(query.target)
+        assert others == dict.fromkeys(wanted, {word for word, _ in rows.values()} - {right, decoy})
+
+
 # ------------------------------------------------------------------------------------------- agreement
 
 
@@ -250,9 +329,20 @@ def test_agreement_is_edited_both_ways(half, seed):
             assert {"singular": other, "plural": grammar.plural(other)}[wrong] == query.target
             assert {"singular": other, "plural": grammar.plural(other)}[right] == query.foil
 
-        (query,) = case.queries["other_determiner"]
-        assert query.prompt.split() == [*request.prompt.split()[:-1], partner[request.subject]]
-        assert (query.target, query.foil) == (forms[wrong], forms[right])
+        prompts = [query.prompt.split()[:-1] for query in case.queries["generality"]]
+        nouns = [(query.target, query.foil) for query in case.queries["generality"]]
+        for criterion, word, asked in (
+            ("same_noun", request.subject, [(forms[wrong], forms[right])] * cases.FEW),
+            ("other_determiner", partner[request.subject], nouns),
+            ("other_determiner_same_noun", partner[request.subject], [(forms[wrong], forms[right])] * cases.FEW),
+        ):
+            some = case.queries[criterion]
+            assert [query.prompt.split() for query in some] == [[*prompt, word] for prompt in prompts]
+            assert [(query.target, query.foil) for query in some] == asked
+        some = case.queries["other_number"]
+        assert [query.prompt.split()[:-1] for query in some] == prompts
+        assert [(query.target, query.foil) for query in some] == nouns
+        assert {query.subject for query in some} == set(partner) - {request.subject, partner[request.subject]}
 
         kept = case.queries["locality"]
         assert {query.subject for query in kept} == set(partner) - {request.subject, partner[request.subject]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from html import escape
 
 import asking
 import pandas as pd
@@ -27,8 +29,8 @@ def test_header_names_the_model_and_its_size():
 def test_rules_show_the_claims_of_the_chapter_and_no_other():
     html = figures.rules("06").data
     mine = [claim for claim in claims.CLAIMS.values() if claim.chapter == "06"]
-    assert html.count("<tr") == 1 + len(mine)
-    assert all(claim.statement in html for claim in mine)
+    assert html.count('<div class="rule">') == len(mine)
+    assert all(escape(claim.statement) in html and escape(claim.metric) in html for claim in mine)
 
 
 def test_known_facts_and_known_pairs_ask_every_relation_and_condition(monkeypatch):
@@ -123,6 +125,40 @@ def test_edit_and_measure_lets_some_editors_write_a_few_cases():
     assert len(chapter.edit_and_measure(LM, [CASE] * 3, {"in context": "context"})[0]["in context"]) == 3
 
 
+def test_two_edits_are_made_together_unless_one_failed():
+    first, second = Edit((delta(1, 1, 0),)), Edit((delta(2, 1, 0),))
+    failed = Edit(failed="diverged")
+    made, *rest = chapter.both([first, failed, first], [second, second, failed])
+    assert made == Edit(first.deltas + second.deltas)
+    assert [edit.failed for edit in rest] == ["diverged"] * 2
+    with kncore.edited(LM, *made.deltas):
+        together = chapter.most_probable(LM, QUERIES)
+    changed = by_hand(replace(LM, model=by_hand(LM, first)), second)  # one after the other
+    assert together == [three_words(changed, query.prompt) for query in QUERIES]
+
+
+def test_statements_are_the_fact_another_answer_and_a_sentence_that_says_neither():
+    requests = [
+        Query("the capital of France is", "Paris", "France", "Madrid"),
+        Query("the capital of Spain is", "Madrid", "Spain", "Paris"),
+        Query("the capital of France is", "Paris", "France", "red"),
+    ]
+    found = chapter.statements(LM, [Case(request, {}) for request in requests])
+    assert [edit.context for edit in found["the fact"]] == [
+        "the capital of France is Madrid. ",
+        "the capital of Spain is Paris. ",
+        "the capital of France is red. ",
+    ]
+    # That of the next case, if it is neither the old answer nor the new one.
+    assert [edit.context for edit in found["another answer"]] == [
+        "the capital of France is red. ",
+        "the capital of Spain is red. ",
+        "the capital of France is Madrid. ",
+    ]
+    assert found["both names"][1].context == "Anna visited Spain in the winter and Paris in the summer. "
+    assert all(not edit.deltas and not edit.failed for some in found.values() for edit in some)
+
+
 def test_shares_worked_out_by_hand():
     found = chapter.shares({"one": TOLD, "other": TOLD})
     assert list(found) == ["reliability", "generality", "locality", "symmetry old"]
@@ -146,6 +182,9 @@ def test_the_table_of_edits_worked_out_by_hand():
         "ROME", "reliability", 2, 1, "0.00", f"0.50 [{given.low:.2f}, {given.high:.2f}]", "0.50", "-1.5", "+0.2",
     ]  # fmt: skip
     assert table["criterion"].tolist()[3] == "symmetry old"
+    kept = TOLD.assign(prompt=range(len(TOLD)), logp_before=-9.0, logp_after=-9.0)
+    best = chapter.edit_table({"ROME": kept}, "best")
+    assert best["best of all asked, after"].tolist()[:3] == table["preferred, after"].tolist()[:3]
 
 
 def test_continuations_are_those_of_a_loop_over_models_changed_by_hand():

@@ -372,12 +372,46 @@ def test_shares_of_one_criterion_worked_out_by_hand():
     assert criteria.item_shares(table, "symmetry_old").to_dict() == {"item 0": 0}
 
 
-def test_margins_of_items_worked_out_by_hand():
+def test_what_an_edit_gains_worked_out_by_hand():
     table = TOLD.assign(item=[f"item {case}" for case in TOLD["case"]])
-    found = criteria.item_margins(table)
+    found = criteria.item_gains(table)
     assert found.index.tolist() == ["item 0", "item 1"]  # the edit of item 2 failed
-    assert found["reliability"].tolist() == [1.0, -0.5] and found["generality"].tolist() == [0.5, 2.5]
-    assert found["locality"].tolist() == [1.0, 2.0] and found["symmetry_old"].isna().all()
+    assert found["reliability"].tolist() == [3.0, 0.5] and found["generality"].tolist() == [0.0, 3.0]
+    assert found["locality"].tolist() == [-2.0, 5.0] and found["symmetry_old"].isna().all()
+    said = criteria.item_changes(table, "generality")
+    assert said.to_dict() == {"item 0": 0, "item 1": 1}
+    assert criteria.item_changes(table, "locality").to_dict() == {"item 0": 0, "item 1": 1}
+    assert criteria.item_changes(table, "locality", "margin").to_dict() == pytest.approx(
+        {"item 0": -1 / 3, "item 1": 1}
+    )
+
+
+def test_what_is_lost_is_the_rest():
+    table = TOLD.assign(item=[f"item {case}" for case in TOLD["case"]])
+    kept, lost = (criteria.share(table, "generality", lost=lost) for lost in (False, True))
+    assert (lost.value, lost.low, lost.high, lost.n) == pytest.approx((0.25, 1 - kept.high, 1 - kept.low, 2))
+
+
+def test_the_best_is_the_most_probable_of_all_that_a_prompt_is_asked():
+    """Three words and a foil compete in one prompt of case 0, two words in another; case 1 has its own."""
+    told = [
+        (0, "synonymy", "p", "", -2.0, 1.0, -1.0, 0.5),  # before: foil at −3; after −1.0, foil at −1.5
+        (0, "occupations", "p", "", -1.0, math.nan, -1.2, math.nan),
+        (0, "decoy", "p", "", -4.0, -1.0, -2.0, -0.5),
+        (0, "synonymy", "q", "", -2.0, -0.5, -1.0, -0.1),  # its foil is better, before and after
+        (0, "occupations", "q", "", -9.0, math.nan, -9.0, math.nan),
+        (1, "synonymy", "p", "", -9.0, 1.0, -9.0, 1.0),
+        (2, "synonymy", "p", "diverged", -1.0, 1.0, math.nan, math.nan),
+    ]
+    columns = ["case", "criterion", "prompt", "failed", "logp_before", "margin_before", "logp_after", "margin_after"]
+    table = pd.DataFrame(told, columns=columns).assign(item=lambda t: t["case"])
+    found = success(table, "best")
+    assert [None if pd.isna(one) else int(one) for one in found] == [1, 0, 0, 0, 0, 1, None]
+    assert criteria.item_changes(table, "synonymy", "best").to_dict() == {0: 0.5, 1: 0}
+    short = summary(table, "best").set_index("criterion")
+    assert list(short.index) == ["synonymy", "decoy"]  # those that only compete have no row
+    assert short["after"].tolist() == [0.75, 0] and short["before"].tolist() == [0.5, 0]
+    assert criteria.share(table, "synonymy", "best").n == 2
 
 
 def test_an_edit_that_changes_nothing_keeps_everything():

@@ -91,3 +91,13 @@ def test_falls_says_at_which_dose_and_whether_alone():
     found = doses.falls(TABLE)
     assert found.dose.to_dict() == {0: 5, 3: 1}  # half of the prompts is not fewer than half
     assert found.alone.to_dict() == {0: False, 3: True}
+
+
+def test_a_fact_falls_in_company_where_three_of_four_neighbours_stand():
+    rows = [("the fact", 1, 0, stands) for stands in (False, False)]
+    rows += [("a fact of the relation", 1, 0, stands) for stands in (True, True, True, False)]
+    rows += [("the fact", 1, 1, False)]
+    rows += [("a fact of the relation", 1, 1, stands) for stands in (True, True, False, False)]
+    found = doses.falls(pd.DataFrame(rows, columns=["label", "dose", "unit", "prefers_after"]))
+    assert found.in_company.to_dict() == {0: True, 1: False}
+    assert found.alone.to_dict() == {0: False, 1: False}  # no unrelated fact was asked

@@ -372,6 +372,18 @@ def test_each_panel_has_one_line_the_least_squares_of_its_own_rows_and_a_band_ar
             assert here.min() <= height + 1e-9 and height - 1e-9 <= here.max()
 
 
+def test_groups_that_are_not_pooled_have_a_line_each_in_their_colour():
+    kinds = {kind: KINDS[kind] for kind in ("irregular", "regular")}
+    (ax,) = figures.scatter(NOUNS, {"frequency": "Zipf"}, "effect", "loss", "kind", kinds, pooled=False)
+    lines = [line for line in ax.lines if line.get_marker() == "None"]
+    assert [line.get_color() for line in lines] == list(kinds.values())
+    for line, kind in zip(lines, kinds, strict=True):
+        rows = NOUNS[NOUNS["kind"] == kind][["frequency", "effect"]].dropna()
+        x, y = line.get_data()
+        assert (min(x), max(x)) == (rows["frequency"].min(), rows["frequency"].max())
+        assert y == pytest.approx(np.polyval(np.polyfit(rows["frequency"], rows["effect"], 1), x))
+
+
 def test_curves_are_lines_and_bands_of_what_was_given_with_one_legend():
     axes = figures.curves(DOSES, "neurons", "share", DOSE_COLOURS)
     assert [ax.get_title() for ax in axes] == list(DOSES)

@@ -861,3 +861,20 @@ def test_an_estimate_keeps_its_units_when_a_field_is_replaced_and_compares_witho
     assert found._replace(n=2).sample is found.sample
     assert found == Estimate(*found) and Estimate(*found).sample is None
     assert stats.repeats(stats.mean([1.0]).sample, 0.0) == []
+
+
+def test_a_jackknife_leaves_out_one_unit_after_the_other_and_knows_no_seed():
+    a, b = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6, 5.3], [2.0, 7.0, 1.0, 8.0, 2.5, 8.5, 1.2]
+    found = stats.jackknife(stats.rank_correlation(a, b, seed=1))
+    whole, n = spearmanr(a, b).statistic, len(a)
+    left = [spearmanr(a[:i] + a[i + 1 :], b[:i] + b[i + 1 :]).statistic for i in range(n)]
+    # The textbook's standard error of a jackknife, from what is left when a unit is not there.
+    error = math.sqrt((n - 1) / n * sum((x - np.mean(left)) ** 2 for x in left))
+    half = t.ppf(0.975, n - 1) * error
+    assert found == pytest.approx(Estimate(whole, whole - half, whole + half, n))
+    assert found == stats.jackknife(stats.rank_correlation(a, b, seed=2))
+    units = [0.5, 1.0, 3.0]
+    assert stats.jackknife(stats.mean(units)) == stats.runs(units)
+    for unknown in (Estimate(0.5, 0.0, 1.0, 9), stats.difference([1.0, 2.0], [3.0, 5.0])):
+        with pytest.raises(ValueError, match="not known, or are two groups"):
+            stats.jackknife(unknown)
