@@ -164,15 +164,20 @@ def count_slopes(table: pd.DataFrame, outcome: str = "loss_margin") -> dict[str,
     return stats.regression(seen[outcome], predictors, standardise=False, clusters=seen.singular)
 
 
-def count_survival(table: pd.DataFrame) -> Estimate:
-    """Return how much steeper in the `count` a loss in proportion to the log-odds before would be than the loss is.
+def count_shares(table: pd.DataFrame) -> tuple[Estimate, Estimate] | None:
+    """Return the rise of the loss per doubling of the `count`, and by how much more the log-odds before the edit rise.
 
-    In nats per doubling, of pairs that did occur: 0 if the edit takes the same share of the log-odds of rare and of
-    frequent pairs. The interval takes that share, of all pairs together, as given.
+    Each as a share of its own mean, of pairs that did occur; the second is 0 if the edit takes the same share of the
+    log-odds from rare and frequent pairs. Intervals take the means as given. None where the mean loss is below
+    `LEAST_LOSS`: what takes nothing follows nothing.
     """
     seen = table[table["count"] > 0]
-    taken = seen.loss_margin.mean() / seen.margin_before.mean()
-    return count_slopes(table.assign(spared=taken * table.margin_before - table.loss_margin), "spared")["count"]
+    if seen.loss_margin.mean() < LEAST_LOSS:
+        return None
+    loss = table.loss_margin / seen.loss_margin.mean()
+    before = table.margin_before / seen.margin_before.mean()
+    parts = table.assign(loss_share=loss, spared=before - loss)
+    return count_slopes(parts, "loss_share")["count"], count_slopes(parts, "spared")["count"]
 
 
 def reach(table: pd.DataFrame, seed: int = 0) -> Estimate:
@@ -267,6 +272,7 @@ ROWS = {  # of `rewritten`, by claim: the relation, and which rows
     "linked-synonymy-follows": ("field", f"{_SYNONYM} and editor == 'fine-tuning'"),
     "linked-synonymy-rome": ("field", f"{_SYNONYM} and editor == 'ROME' and took"),
 }
+LEAST_LOSS = 0.1  # nats, the mean over pairs: a smaller one has no share that could be told
 LEAST = 5  # edits that took: of fewer, what follows from them says nothing about a model
 
 
@@ -275,16 +281,17 @@ def claim_values(
 ) -> dict[str, Estimate | None]:
     """Return what each claim of chapter 9 measures, with its interval over items, of a `model` or of all together.
 
-    `lost` is of `losses` and `edits` are of `rewritten`, by relation. None where too few edits took.
+    `lost` is of `losses` and `edits` are of `rewritten`, by relation. None where too few edits took, and where suppression takes too little to follow anything.
     """
     if model:
         lost = lost[lost.model == model]
         edits = {relation: table[table.model == model] for relation, table in edits.items()}
     shares = {claim: success_share(edits[relation].query(rows)) for claim, (relation, rows) in ROWS.items()}
+    moves, survives = count_shares(lost) or (None, None)
     return {
         "count-is-learnt": count_slopes(lost, "margin_before")["count"],
-        "count-moves": count_slopes(lost)["count"],
-        "count-survives": count_survival(lost),
+        "count-moves": moves,
+        "count-survives": survives,
         "rule-reaches": reach(lost, seed),
         **{claim: share if share and share.n >= LEAST else None for claim, share in shares.items()},
     }

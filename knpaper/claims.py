@@ -56,16 +56,30 @@ class Verdict:
             "95 % interval": str(estimate).partition(" ")[2].rpartition(",")[0],
             "smallest effect that matters": f"{claim.border}" + (f", {claim.smallest}" if claim.smallest else ""),
             "power": power_in_words(claim, power(claim, estimate)),
-            "speaks for": "nobody: a check of the manipulation" if claim.check else self.side,
-            "exploratory": claim.exploratory,
+            "speaks for": "nobody: it checks that the intervention took" if claim.check else self.side,
+            "rule chosen": claim.when,
         }
-        shown = "".join(f"<dt>{name}</dt><dd>{_safe(text)}</dd>" for name, text in details.items() if text)
-        what = "Check" if claim.check else "Verdict"
+        what, kind = ("Check", "check") if claim.check else ("Verdict", side_class(self.side))
+        said = f"check {claim.word(self.word)}" if claim.check else self.word
+        side = "" if claim.check else f'<span class="side">speaks for {self.side}</span> '
+        explored = '<span class="explored">exploratory</span> ' if claim.exploratory else ""
         return (
-            f'<div class="verdict {self.word} mathjax_ignore"><strong>{self.word.capitalize()} on {_safe(self.model)}.'
-            f"</strong> {_safe(claim.statement)}<br><em>{_safe(claim.metric)}</em>: <strong>{_safe(estimate)}</strong>"
-            f'<dl aria-label="{what}">{shown}</dl><small>Rule: {_safe(claim.rule)}.</small></div>'
+            f'<div class="verdict {self.word} {kind} mathjax_ignore">'
+            f"<strong>{said.capitalize()} on {_safe(self.model)}.</strong> {side}{explored}<br>{_safe(claim.statement)}"
+            f"<br><em>{_safe(claim.metric)}</em>: <strong>{_safe(estimate)}</strong>"
+            f"{definitions(details, what)}<small>Rule: {_safe(claim.rule)}.</small></div>"
         )
+
+
+def side_class(side: str) -> str:
+    """Return the class by which style sheets know a side: `for-thesis`, `for-paper` or `for-neither`."""
+    return f"for-{side.removeprefix('the ')}"
+
+
+def definitions(details: Mapping[str, str], label: str) -> str:
+    """Return names and what is said of each as an HTML list with a label, without those of which nothing is said."""
+    shown = (f"<div><dt>{name}</dt> <dd>{_safe(text)}</dd></div>" for name, text in details.items() if text)
+    return f'<dl aria-label="{_safe(label)}">{"".join(shown)}</dl>'
 
 
 def _safe(text: object) -> str:

@@ -43,7 +43,14 @@ COPIES = (1, 2, 4, 5, 6, 10, 20, 50)
 LARGE = 0.5  # of the answer's probability: what one neuron must carry by the second rule
 COLUMNS = "model revision seed share measure value low high n units code".split()
 
-Units = Mapping[str, Sequence[float]]  # values of facts by measure
+CLAIMED = {  # the measures of claims, wholly planted
+    "planted-found": "planted: found, search",
+    "planted-false-alarms": "free: found, search",
+    "planted-mixed-alarms": "planted, mixed: found, search",
+    "planted-rewritten": "ROME, first block: rewritten",
+    "planted-rewritten-there": "ROME, planted block: rewritten",
+}
+SILENCED = {"planted-silenced": "search", "planted-by-hand": "by hand"}
 
 
 # ------------------------------------------------------------------------------------------------- what is planted
@@ -281,14 +288,14 @@ def read(path: str | Path) -> pd.DataFrame:
     return pd.read_csv(path, sep="\t", dtype={"units": str}) if path.exists() else pd.DataFrame(columns=COLUMNS)
 
 
-def units(table: pd.DataFrame, measure: str, share: float, models: Sequence[str]) -> np.ndarray:
+def by_fact(table: pd.DataFrame, measure: str, share: float, models: Sequence[str]) -> np.ndarray:
     """Return the values of a measure, a row for each of the models that the table has, a column for each fact."""
     chosen = table[(table.measure == measure) & (table.share == share) & table.model.isin(models)]
     return np.array([[float(x) for x in shown.split()] for shown in chosen.units])
 
 
 def over_facts(values: np.ndarray) -> Estimate:
-    """Return the mean over facts of what `units` gives, each averaged over the models first. n counts facts."""
+    """Return the mean over facts of what `by_fact` gives, each averaged over the models first. n counts facts."""
     facts = np.broadcast_to(np.arange(values.shape[1]), values.shape).ravel()
     yes_or_no = bool(np.isin(values, (0, 1)).all())
     return stats.share(values.ravel(), facts) if yes_or_no else stats.mean(values.ravel(), facts)
@@ -298,10 +305,53 @@ def curve(table: pd.DataFrame, measure: str, models: Sequence[str]) -> dict[floa
     """Return a measure by the share of the fact that is planted, as it was measured on average, lowest first."""
     points = {}
     for share in sorted(set(table.share)):
-        values = units(table, measure, share, models)
+        values = by_fact(table, measure, share, models)
         if len(values):
-            points[float(units(table, "share, measured", share, models).mean())] = over_facts(values)
+            points[float(by_fact(table, "share, measured", share, models).mean())] = over_facts(values)
     return points
+
+
+def least_share(table: pd.DataFrame, measure: str, models: Sequence[str], below: bool = False) -> str:
+    """Return the least measured share from which on all intervals of a measure lie above one half, or below it."""
+    passed = "none"
+    for share, point in sorted(curve(table, measure, models).items(), reverse=True):
+        if not (point.high < 0.5 if below else point.low > 0.5):
+            break
+        passed = f"{share:.2f}"
+    return passed
+
+
+def shown_rows(
+    table: pd.DataFrame, columns: Mapping[str, str], trained: Mapping[str, Sequence[str]], intervals: bool = False
+) -> list[dict[str, str]]:
+    """Return a row for each architecture and share: the measures that `columns` names, where the table has them all.
+
+    `trained` are the models of each architecture."""
+    shown = []
+    for name, models in trained.items():
+        for share in sorted(set(table.share), reverse=True):
+            at = by_fact(table, "share, measured", share, models)
+            values = {label: by_fact(table, measure, share, models) for label, measure in columns.items()}
+            if len(at) and all(map(len, values.values())):
+                text = {label: str(over_facts(x)) if intervals else f"{x.mean():.2f}" for label, x in values.items()}
+                shown.append({"model": name, "share": f"{at.mean():.2f}", **text})
+    return shown
+
+
+def claimed(table: pd.DataFrame, claim: str, models: Sequence[str]) -> Estimate:
+    """Return the number of a claim of chapter 11 on the models of an architecture, with its interval over facts."""
+
+    def of(measure: str) -> np.ndarray:
+        return by_fact(table, measure, 1.0, models)
+
+    if claim == "planted-ratio":
+        own = of("planted: found, ratio")
+        return over_facts(own * (1 - of("free: alarm, ratio")[:, : own.shape[1]]))
+    if claim in SILENCED:
+        return over_facts(
+            of(f"silenced, {SILENCED[claim]}: kept, others") - of(f"silenced, {SILENCED[claim]}: kept, own")
+        )
+    return over_facts(of(CLAIMED[claim]))
 
 
 def main() -> None:

@@ -166,17 +166,18 @@ def test_count_slopes_are_per_doubling_of_the_count_among_pairs_that_occur():
     )
 
 
-def test_count_survival_is_what_a_loss_in_proportion_would_rise_more_than_the_loss_does():
+def test_count_shares_are_of_the_means_of_pairs_that_occur_and_none_where_nothing_is_lost():
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"count": rng.integers(0, 100, 200), "other": rng.normal(size=200)})
     table["singular"] = [f"n{i // 2}" for i in range(200)]
+    seen, noise = table["count"] > 0, 1e-6 * rng.normal(size=200)
     before = 4 + 0.6 * np.log2(table["count"].clip(1)) + 1e-6 * rng.normal(size=200)
-    for loss, expected in ((before / 2, 0.0), (2.0, None)):
-        table = table.assign(margin_before=before, loss_margin=loss + 1e-6 * rng.normal(size=200))
-        seen = table[table["count"] > 0]
-        if expected is None:  # the same from all: in proportion it would be that share of 0.6
-            expected = 0.6 * seen.loss_margin.mean() / seen.margin_before.mean()
-        assert isclose(causes.count_survival(table).value, expected, abs_tol=1e-5)
+    rise = 0.6 / before[seen].mean()
+    for loss, moves, survives in ((before / 2, rise, 0.0), (2.0, 0.0, rise)):
+        found = causes.count_shares(table.assign(margin_before=before, loss_margin=loss + noise))
+        assert np.allclose([each.value for each in found], [moves, survives], atol=1e-5)
+    for loss in (-1.0, 0.05):  # pairs that never occurred do not count
+        assert causes.count_shares(table.assign(margin_before=before, loss_margin=np.where(seen, loss, 9))) is None
 
 
 def test_reach_is_a_difference_over_real_nouns_that_have_both_kinds_of_pairs():
@@ -267,9 +268,9 @@ def test_edit_table_has_a_row_for_each_model_and_group_with_what_follows_where_t
 
 
 def test_claim_values_are_of_one_model_or_of_all_and_none_where_few_edits_took(monkeypatch):
-    names = ["count_slopes", "count_survival", "reach"]
-    for name in names:
-        monkeypatch.setattr(causes, name, lambda lost, *more: {"count": len(lost)} if more[:1] != (7,) else len(lost))
+    monkeypatch.setattr(causes, "count_slopes", lambda lost, outcome: {"count": len(lost)})
+    monkeypatch.setattr(causes, "count_shares", lambda lost: (1, 2) if len(lost) > 1 else None)
+    monkeypatch.setattr(causes, "reach", lambda lost, seed: len(lost))
     lost = pd.DataFrame({"model": ["a", "a", "b"]})
     rows = []
     for model, took in (("a", True), ("b", False)):
@@ -280,7 +281,8 @@ def test_claim_values_are_of_one_model_or_of_all_and_none_where_few_edits_took(m
     table = pd.DataFrame(rows, columns=columns).astype({"success": "boolean"})
     edits = {"capital": table, "field": table}
     of_a, of_b = (causes.claim_values(lost, edits, 7, model) for model in "ab")
-    assert (of_a["rule-reaches"], of_b["rule-reaches"]) == (2, 1)
+    assert (of_a["rule-reaches"], of_b["rule-reaches"]) == (2, 1) == (of_a["count-is-learnt"], of_b["count-is-learnt"])
+    assert (of_a["count-survives"], of_b["count-moves"], of_b["count-survives"]) == (2, None, None)
     assert of_a["two-way-symmetry-rome"].value == 0.5 and of_b["two-way-symmetry-rome"] is None
     assert isclose(of_b["two-way-symmetry-follows"].value, 1 / 3)
     together = causes.claim_values(lost, edits, 7)

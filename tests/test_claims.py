@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,34 @@ def test_a_verdict_in_words_and_in_html():
     for said in ('class="verdict supported ', "A.", "0.80 [0.60, 0.90], n = 40", "lies above 0.5"):
         assert said in html
     assert 'class="verdict contradicted ' in Verdict(WITHIN, CLEAR, "m1")._repr_html_()
+
+
+def test_html_of_a_verdict_says_what_it_rests_on_in_order_and_for_whom_it_speaks():
+    claim = replace(
+        ABOVE, unit="fact", control="c", null=0.1, expected=0.9, smallest="s", thesis="supported", fixed="abc"
+    )
+    html = Verdict(claim, CLEAR, "m1")._repr_html_()
+    names = [
+        "null",
+        "unit",
+        "n",
+        "effect",
+        "95 % interval",
+        "smallest effect that matters",
+        "speaks for",
+        "rule chosen",
+    ]
+    assert re.findall("<dt>(.*?)</dt>", html) == names, "power is not known without units"
+    assert "speaks for the thesis</span>" in html and 'class="verdict supported for-thesis ' in html
+    assert "<dd>before its number was known, in commit abc</dd>" in html and "exploratory" not in html
+    seen = Verdict(replace(claim, fixed="", exploratory="why"), CLEAR, "m1")._repr_html_()
+    assert ">exploratory</span>" in seen and "<dd>exploratory: why</dd>" in seen
+
+
+def test_a_check_looks_like_a_check():
+    html = Verdict(replace(ABOVE, check=True, thesis="supported"), CLEAR, "m1")._repr_html_()
+    assert "<strong>Check passed on m1.</strong>" in html and 'class="verdict supported check ' in html
+    assert "speaks for the" not in html and "for-thesis" not in html
 
 
 def test_html_of_a_verdict_escapes_what_it_shows():

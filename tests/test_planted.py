@@ -233,4 +233,3 @@ def test_the_stored_table_says_of_each_measure_what_its_units_say():
         assert row.value <= row.high + 1e-3
     measured = table[table.measure == "share, measured"]
     assert bool(((measured.value - measured.share).abs() < 0.1).all())
-
