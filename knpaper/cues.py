@@ -156,7 +156,7 @@ def losses_after_determiners(
 
 
 def _fewer(nouns: pd.DataFrame, counts: Counts) -> pd.DataFrame:
-    """Return the nouns that tell of association, and of the others every second, or third, … so that about `MOST` are."""
+    """Return the nouns that tell of association, and every second, or third, … of the others: about `MOST` in all."""
     paired = [any(pd.notna(counts.association(each, plural)) for each in DETERMINERS) for plural in nouns.plural]
     others = np.cumsum(~np.array(paired, dtype=bool))
     step = max(1, -(-int(others[-1]) // max(1, MOST - sum(paired)))) if len(nouns) > MOST else 1
