@@ -94,6 +94,7 @@ bench: $(STAMP)  ## measure speed, faults, kinds of input, shards and scale, int
 	$(PY) benchmarks/shards.py --out book/benchmark-shards.md
 	$(PY) benchmarks/long.py --out book/benchmark-long.md
 	$(PY) benchmarks/scale.py --out book/benchmark-scale.md
+	$(PY) benchmarks/deviations.py --n 6 --out book/benchmark-deviations.md
 	$(PY) benchmarks/gpu.py --out book/benchmark-gpu.md
 
 clean:  ## remove what was built; .venv and the model cache stay

@@ -1,4 +1,4 @@
-"""The command line: python -m kncore run | book | render | pdf | claims | sweep | merge | fetch | cache | readme."""
+"""The command line: python -m kncore run | public | book | render | pdf | claims | sweep | merge | fetch | …"""
 
 from __future__ import annotations
 
@@ -105,6 +105,32 @@ def run(
     )
     for notebook in stored:
         _say(notebook)
+
+
+@app.command()
+def public(
+    source: Annotated[str, Argument(parser=text, help='a folder with the public data sets, or "public": fetch them')],
+    only: Annotated[str | None, Option(parser=names, help="chapters by number or name, e.g. 01,03")] = None,
+    timeout: Timeout = 3600,
+    debug: Debug = False,
+) -> None:
+    """Run chapters on public data; of each only the records are kept, and those that stand are not made again."""
+    from knbook import checkout
+    from knbook.public import run
+
+    chosen = [name.strip() for name in (only or "").split(",") if name.strip()]
+    for record in run(checkout.find_root(), source, chosen, timeout=timeout):
+        _say(record)
+
+
+@app.command()
+def multiverse(debug: Debug = False) -> None:
+    """Judge headline claims under all choices of how neurons are found, into results/multiverse.tsv."""
+    from knbook import checkout
+    from knpaper.multiverse import run
+
+    path = checkout.find_root() / "results" / "multiverse.tsv"
+    _say(f"{len(run(path)):,} rows in {path}")
 
 
 @app.command()

@@ -7,10 +7,9 @@ come from anywhere.
 from __future__ import annotations
 
 import functools
-import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import jinja2
@@ -23,24 +22,29 @@ from sphinx_design.icons import get_octicon
 from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug
 from knbook.errors import UsageError
 from kncore import zoo
-from knpaper import claims, corpus, stored
-from knpaper.records import effect, read_records
-from knpaper.rules import VERDICTS
+from knpaper import across, audit, claims, corpus, seeds, specifications, stored
+from knpaper.figures import FACTS, GRAMMAR
+from knpaper.records import EARLIER, column_of, effect, read_records
+from knpaper.rules import SIDES, VERDICTS, WITHDRAWN, Claim
 from knpaper.staleness import stale
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 MARKS = {"supported": "✓", "contradicted": "✕", "inconclusive": "~", "not run": "·"}
-FINDINGS = tomllib.loads((files("knbook") / "templates" / "findings.toml").read_text(encoding="utf-8"))
+CLAIMS_PAGE = "book/claims"
 
 
 @dataclass(frozen=True)
 class Book:
-    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names."""
+    """What the pages of a checkout are made from: chapters by number, records with `stale`, and the pages' names.
+
+    Records are by claim and by model, "model, public data" where the data are not the project's own.
+    """
 
     root: Path
     chapters: Mapping[str, Chapter]
     records: Mapping[tuple[str, str], Mapping]
     pages: frozenset[str]
+    over_seeds: Mapping[tuple[str, str], seeds.Stability]
 
     @property
     def model(self) -> str:
@@ -49,9 +53,15 @@ class Book:
 
     @property
     def models(self) -> list[str]:
-        """The notebooks' own models, then all others with a record."""
+        """The notebooks' own models, on whatever data, then all others with a record."""
         own = {str(chapter.defaults["model"]) for chapter in self.chapters.values() if "model" in chapter.defaults}
-        return [*sorted(own), *sorted({model for _, model in self.records} - own)]
+        rest = {name for _, name in self.judged} - own
+        return [*sorted(own), *sorted(rest, key=lambda name: (name.partition(", ")[0] not in own, name))]
+
+    @property
+    def judged(self) -> Mapping[tuple[str, str], Mapping]:
+        """The records without those of further training seeds, which say how far the first one's can be relied on."""
+        return {key: record for key, record in self.records.items() if not _is_further(key[1])}
 
     def page(self, number: str, model: str | None = None) -> str:
         """Return the page of a chapter, or of its run on another model; "" where the book has none."""
@@ -62,11 +72,27 @@ class Book:
         page = f"notebooks/{chapter.path.stem}" if own else f"book/runs/{slug(model)}/{chapter.path.stem}"
         return page if page in self.pages else ""
 
+    @property
+    def target(self) -> str:
+        """The page that has an anchor for each claim, or "" where the book has none."""
+        return CLAIMS_PAGE if CLAIMS_PAGE in self.pages else ""
+
 
 def load(root: Path, names: Iterable[str] = ()) -> Book:
     """Return the book in a folder, with pages of these names; ValueError where a record or a notebook is none."""
-    records = {(r["claim"], r["model"]): {**r, "stale": stale(r)} for r in read_records(root / "results")}
-    return Book(root, {chapter.number: chapter for chapter in chapters(root)}, records, frozenset(names))
+    found, records = read_records(root / "results"), {}
+    over_seeds = seeds.stability(found)
+    for record in found:
+        key = record["claim"], column_of(record)
+        unstable = key in over_seeds and over_seeds[key].word != "stable"
+        records[key] = {**EARLIER, "unstable": unstable, **record, "stale": stale(record)}
+    by_number = {chapter.number: chapter for chapter in chapters(root)}
+    return Book(root, by_number, records, frozenset(names), over_seeds)
+
+
+def _is_further(model: str) -> bool:
+    """Return whether a model is a controlled one from a further training seed, e.g. controlled-gpt2-1."""
+    return bool((match := seeds.NAME.fullmatch(model)) and match[2])
 
 
 def _one_line(value: object) -> object:
@@ -83,7 +109,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"octicon": get_octicon, "effect": effect}
+    environment.globals |= {"octicon": get_octicon, "effect": effect, "classes": classes, "said": said}
+    environment.globals |= {"power": power}
     environment.filters["typeset"] = functools.partial(smartyPants, attr="qDe")  # marks and dashes as Sphinx sets them
     return environment
 
@@ -98,32 +125,169 @@ def table(name: str, book: Book, link: Callable[[str], str] = str) -> str:
     return fill(f"{name}.html", link=link, **TABLES[name](book))
 
 
+def classes(claim: Claim, record: Mapping | None) -> str:
+    """Return the classes of a mark: verdict, side, and whether it is exploratory, unstable over seeds or outdated."""
+    if record is None:
+        return "not-run"
+    kind = "check" if claim.check else claims.side_class(record["side"])
+    notes = {"explored": record["exploratory"], "unstable": record["unstable"], "outdated": record["stale"]}
+    return " ".join([record["verdict"], kind, *(name for name, holds in notes.items() if holds)])
+
+
+def said(claim: Claim, record: Mapping | None) -> str:
+    """Return what a mark says in words: verdict, side and notes, then the claim with its effect and n."""
+    if record is None:
+        return f"not run: {claim.statement}"
+    words = [f"check {claim.word(record['verdict'])}"] if claim.check else [record["verdict"]]
+    words += [] if claim.check else [f"speaks for {record['side']}"]
+    notes = {"exploratory": record["exploratory"], "unstable over seeds": record["unstable"]}
+    words += [name for name, holds in (notes | {"stale": record["stale"]}).items() if holds]
+    return f"{', '.join(words)}: {claim.statement} {effect(record)}, n = {record['n']} {claim.units}"
+
+
+def power(record: Mapping) -> str:
+    """Return how often a repeat supports what is expected, contradicts the null, and is a false alarm; or a dash."""
+    found = record["power"]
+    if not {"expected", "null"} <= set(found):
+        return "–"
+    return " · ".join(f"{share:.2f}" for share in (found["expected"][0], found["null"][1], found["null"][0]))
+
+
 def findings(book: Book) -> dict:
-    """Return what the book found on its default model, in phrases that follow the records, and the counts."""
-    verdicts = {claim: record["verdict"] for (claim, model), record in book.records.items() if model == book.model}
-    phrases = [phrases[verdicts[claim]] for claim, phrases in FINDINGS.items() if claim in verdicts]
-    counts = [f"{list(verdicts.values()).count(verdict)} {verdict}" for verdict in VERDICTS]
-    return {"model": book.model, "phrases": phrases, "total": len(verdicts), "counts": counts}
+    """Return the claims that speak most widely for either side: each with its verdict, and on how many models."""
+    rows, widely = across.across(across.own(book.judged)), {}
+    for side in SIDES[:2]:
+        found = across.evidence(rows, side)
+        widely[side] = [(row.claim, verdict, len(here), len(row.records)) for row, verdict, here in found]
+    return {"widely": widely}
+
+
+def counts(book: Book) -> dict:
+    """Return how many verdicts speak for either side, how sure they are, and how many claims flip between models."""
+    rows = across.across(across.own(book.judged))
+    return {
+        "counts": across.tally(book.judged) | audit.multiplicity(list(book.judged.values())),
+        "flips": sum(row.flips for row in rows),
+        "compared": sum(len(row.decided) > 1 for row in rows),
+    }
 
 
 def marks(book: Book) -> dict:
-    """Return the claims in small: a row a chapter, and under each model a mark for each claim of the chapter."""
+    """Return the claims in small: a row a chapter, under each model a mark for each claim; the checks at the end."""
     rows = []
     for number in dict.fromkeys(claim.chapter for claim in claims.CLAIMS.values()):
         title = _title(book.chapters[number].path) if number in book.chapters else f"Chapter {number}"
-        here = [claim for claim in claims.CLAIMS.values() if claim.chapter == number]
-        rows.append({"title": title, "page": book.page(number), "claims": here})
-    return {"chapters": rows, "models": book.models, "records": _records(book)}
+        here = [claim for claim in claims.CLAIMS.values() if claim.chapter == number and not claim.check]
+        rows += [{"title": title, "page": book.page(number), "claims": here}] if here else []
+    if checks := [claim for claim in claims.CLAIMS.values() if claim.check]:
+        rows.append({"title": "Checks that an intervention took", "page": "", "claims": checks})
+    return {"chapters": rows, "models": book.models, "records": _records(book), "target": book.target}
 
 
-def matrix(book: Book) -> dict:
-    """Return all declared claims × all models with a record."""
-    return {"claims": claims.CLAIMS.values(), "models": book.models, "records": _records(book), "page": book.page}
+def matrix(book: Book, check: bool = False) -> dict:
+    """Return all declared claims, or all checks of a manipulation, with their records by model."""
+    chosen = [claim for claim in claims.CLAIMS.values() if claim.check == check]
+    return {"claims": chosen, "models": book.models, "records": _records(book), "page": book.page}
+
+
+def withdrawn(book: Book) -> dict:
+    """Return the claims that were withdrawn, by id, and which claims are there in their place."""
+    return {"withdrawn": WITHDRAWN, "target": book.target}
+
+
+def models_compared(book: Book) -> dict:
+    """Return which claims hold on which models, which flip, and what the models on either side have in common."""
+    rows = across.across(across.own(book.judged))
+    decided = [row for row in rows if len(row.decided) > 1]
+    surviving = {id(record) for record in audit.surviving(list(book.judged.values()))}
+    strict = {key: record for key, record in book.judged.items() if id(record) in surviving}
+    return {
+        "rows": rows,
+        "decided": decided,
+        "same": {side: [row for row in decided if _side(row) == side] for side in SIDES},
+        "flips": [row for row in rows if row.flips],
+        "strictly": sum(row.flips for row in across.across(across.own(strict))),
+        "pairs": across.pairs(rows),
+        "alone": across.alone(rows),
+        "kinds": {kind: across.split_by(rows, kind) for kind in across.KINDS},
+        "leaning": across.leaning(rows),
+        "chapters": Counter(row.claim.chapter for row in rows if row.flips).most_common(),
+        "target": book.target,
+    }
+
+
+def _side(row: across.Across) -> str:
+    """Return for whom a claim speaks whose decided verdicts are all the same; "" for one that flips."""
+    return row.claim.side(row.verdict) if row.verdict else ""
+
+
+def by_agreement(book: Book) -> dict:
+    """Return claims × models, on whatever data, from the claims on which the models agree to those that flip."""
+    return {"rows": across.across(book.judged), "models": book.models, "target": book.target}
+
+
+def agreement(book: Book) -> dict:
+    """Return the claims with a record of the default model on the project's own data and on public ones, drawn beside
+    each other, and how many verdicts are the same and how many opposite."""
+    rows = []
+    for claim in claims.CLAIMS.values():
+        pair = [book.records.get((claim.id, f"{book.model}{data}")) for data in ("", ", public data")]
+        if None not in pair:
+            rows.append({"claim": claim, "page": book.page(claim.chapter), **_beside(claim, *pair)})
+    verdicts = [{row["own"]["verdict"], row["public"]["verdict"]} for row in rows]
+    same = sum(len(pair) == 1 for pair in verdicts)
+    return {"rows": rows, "same": same, "opposite": sum(pair == {*VERDICTS[:2]} for pair in verdicts)}
+
+
+def localisation(book: Book) -> dict:
+    """Return chapter 3's tables of how local relations and conditions are, of own and of public data."""
+    found = {}
+    for label, folder in (("own data", book.model), ("public data", f"{book.model}@public")):
+        path = book.root / "results" / folder / "localisation.tsv"
+        if path.is_file():
+            found[label] = pd.read_csv(path, sep="\t").to_dict("records")
+    return {"tables": found}
+
+
+def multiverse(book: Book) -> dict:
+    """Return for each claim of the multiverse its curve, and how many specifications agree with the book's verdict."""
+    path = book.root / "results" / "multiverse.tsv"
+    rows = specifications.read(path) if path.is_file() else pd.DataFrame(columns=["claim"])
+    rows = rows[rows.claim.isin(list(claims.CLAIMS))]
+    counts = specifications.agreement(rows) if len(rows) else []
+    found = []
+    for claim, part in rows.groupby("claim", sort=False):
+        mine = [count for count in counts if count["claim"] == claim]
+        found.append(
+            {"claim": claims.CLAIMS[claim], "curve": specifications.curve(part, claims.CLAIMS[claim]), "counts": mine}
+        )
+    return {"claims": found, "total": len(rows), "page": book.page}
+
+
+def _beside(claim: Claim, own: Mapping, public: Mapping) -> dict:
+    """Return two records of a claim and their places in pixels on one axis that holds both and the rule's border.
+
+    An end that the data do not bound goes to the end of the axis.
+    """
+    borders = [claim.threshold] if claim.kind == "above" else [-claim.threshold, claim.threshold]
+    shown = [x for r in (own, public) for x in (r["low"], r["value"], r["high"]) if x is not None] + borders
+    first, last = min(shown), max(shown)
+
+    def at(x: float | None, end: float) -> str:
+        return f"{8 + 204 * ((end if x is None else x) - first) / (last - first or 1):.1f}"
+
+    bars = []
+    for record, name, y in ((own, "own data", 12), (public, "public data", 30)):
+        ends = {"low": at(record["low"], first), "value": at(record["value"], 0), "high": at(record["high"], last)}
+        colour = FACTS if record is own else GRAMMAR
+        bars.append({**ends, "y": y, "colour": colour, "title": f"{name}: {effect(record)}, n = {record['n']}"})
+    ends = [f"{x:.2g}" for x in (first, last)]
+    return {"own": own, "public": public, "bars": bars, "borders": [at(x, 0) for x in borders], "ends": ends}
 
 
 def _records(book: Book) -> dict:
     """Return the records by claim and model, None where there is none."""
-    return {(claim, model): book.records.get((claim, model)) for claim in claims.CLAIMS for model in book.models}
+    return {(claim, model): book.judged.get((claim, model)) for claim in claims.CLAIMS for model in book.models}
 
 
 def choices(book: Book) -> dict:
@@ -132,6 +296,7 @@ def choices(book: Book) -> dict:
     return {
         "choices": {
             "verdict": {verdict.replace(" ", "-"): verdict for verdict in MARKS},
+            "speaks for": {claims.side_class(side): side for side in SIDES},
             "chapter": {n: c.path.stem.replace("-", " ") for n, c in book.chapters.items() if n in used},
             "model": {model: model for model in book.models},
         }
@@ -184,9 +349,19 @@ def trained(book: Book) -> dict:
 
 TABLES: dict[str, Callable[[Book], dict]] = {
     "findings": findings,
+    "counts": counts,
     "marks": marks,
     "filter": choices,
     "matrix": matrix,
+    "checks": functools.partial(matrix, check=True),
+    "withdrawn": withdrawn,
+    "multiplicity": counts,
+    "across": models_compared,
+    "by-model": by_agreement,
+    "seeds": lambda book: {"rows": list(book.over_seeds.items()), "first": book.records, "claims": claims.CLAIMS},
+    "agreement": agreement,
+    "localisation": localisation,
+    "multiverse": multiverse,
     "provenance": lambda book: {"records": list(book.records.values())},
     "hub": not_run,
     "corpus": lambda book: {"counts": _corpus_counts()},

@@ -34,6 +34,7 @@ from knpaper.resources import DATA
 
 UNKNOWN = "not recorded"
 SOURCES = {"own": "written for this book", "corpus": "the corpus of this book, whose every count is known"}
+SOURCES |= {"public": "ParaRel, BLiMP and CounterFact"}
 COLAB = "https://colab.research.google.com/github"
 BRANCH = "colab"  # where the workflow `pages` puts what `install_cell` was added to
 PAPER = "niu2024"
@@ -174,11 +175,12 @@ def origin(book: Book, info: BookInfo, page: str) -> dict[str, Any]:
     chapter = book.chapters[notebook.name[:2]]
     name = notebook.parent.name if notebook.parts[0] != "notebooks" else ""
     model = name or ("" if is_comparison(chapter) else slug(str(chapter.defaults.get("model", ""))))
-    here = [r for r in book.records.values() if _chapter(r) == chapter.number and model in ("", slug(r["model"]))]
+    named = [(slug(column), r) for (_, column), r in book.records.items()]
+    here = [r for column, r in named if _chapter(r) == chapter.number and model in ("", column)]
     ran = timing(timing_path(book.root / "results", chapter, name or None))
 
     # A chapter without claims has no record; those of its model say what the model was.
-    alike = here or [r for r in book.records.values() if slug(r["model"]) == model]
+    alike = here or [r for column, r in named if column == model]
     sources = [r["source"] for r in here] or [chapter.defaults.get("source", "own")]
     seeds = [r["seed"] for r in here] or [chapter.defaults.get("seed", UNKNOWN)]
     versions = [r["versions"] for r in here] or [ran]

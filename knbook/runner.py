@@ -202,7 +202,8 @@ def _times(folder: Path) -> dict[Path, int]:
 def _check_records(job: Job, made: Sequence[Path]) -> None:
     """Raise RunError where a run left a record for a model that it did not run on."""
     for path in made:
-        if job.models and path.suffix == ".json" and path.parts[0] not in job.models:
+        folder = {path.parts[0], path.parts[0].rpartition("@")[0]}  # with and without the source of its data
+        if job.models and path.suffix == ".json" and not folder & {*job.models}:
             raise RunError(
                 f"{job.chapter.path.name} recorded {path.as_posix()}, and the name of its model is "
                 f"{' or '.join(job.models)}: the notebook, or the model's folder, was changed while it ran; nothing "

@@ -49,7 +49,7 @@ FORMS = {
     "value": lambda record: f"{record['value']:.2f}",
     "share": lambda record: f"{100 * record['value']:.0f} %",
     "effect": effect,
-    "verdict": lambda record: record["verdict"],
+    "verdict": lambda record: claims.CLAIMS[record["claim"]].word(record["verdict"]),
 }
 PX = {"pt": 4 / 3, "px": 1, "": 1}
 SIG_LINES = {"<dl>": '<span class="sig-lines">', "</dl>": "</span>", "<dd>": "<span>", "</dd>": "</span>"}
@@ -135,7 +135,8 @@ class RecordRole(SphinxRole):
         if record is None:
             return [nodes.inline("", "not run", classes=["not-run"])], []
         text = FORMS[self.name](record)
-        return [nodes.inline("", text, classes=[text]) if self.name == "verdict" else nodes.Text(text)], []
+        classes = [record["verdict"], claims.side_class(record["side"])]
+        return [nodes.inline("", text, classes=classes) if self.name == "verdict" else nodes.Text(text)], []
 
 
 class BookTable(SphinxDirective):

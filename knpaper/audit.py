@@ -63,16 +63,21 @@ def multiplicity(records: Sequence[Mapping]) -> dict[str, float]:
     its threshold (5 % of them). `surviving` are the decided ones that stay below 0.05 in Holm's correction over all
     decided verdicts; their p values are of a normal distribution as wide as the interval, against the threshold.
     """
-    judged = [(CLAIMS[record["claim"]], record) for record in records if not CLAIMS[record["claim"]].check]
-    decided = [(claim, record) for claim, record in judged if record["verdict"] != "inconclusive"]
-    p_values = [_p_value(claim, estimate_of(record)) for claim, record in decided]
-    surviving = sum(p < 0.05 for p in stats.holm(p_values))
+    judged = [record for record in records if not CLAIMS[record["claim"]].check]
     return {
         "verdicts": len(judged),
-        "decided": len(decided),
+        "decided": sum(record["verdict"] != "inconclusive" for record in judged),
         "by chance": 0.05 * len(judged),
-        "surviving": surviving,
+        "surviving": len(surviving(judged)),
     }
+
+
+def surviving(records: Sequence[Mapping]) -> list[Mapping]:
+    """Return the records of claims, checks apart, whose decided verdict survives Holm's correction over all decided."""
+    judged = [record for record in records if not CLAIMS[record["claim"]].check]
+    decided = [record for record in judged if record["verdict"] != "inconclusive"]
+    p_values = [_p_value(CLAIMS[record["claim"]], estimate_of(record)) for record in decided]
+    return [record for record, p in zip(decided, stats.holm(p_values), strict=True) if p < 0.05]
 
 
 def _p_value(claim: Claim, estimate: Estimate) -> float:

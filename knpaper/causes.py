@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -163,11 +164,31 @@ def count_slopes(table: pd.DataFrame, outcome: str = "loss_margin") -> dict[str,
     return stats.regression(seen[outcome], predictors, standardise=False, clusters=seen.singular)
 
 
+def count_shares(table: pd.DataFrame) -> tuple[Estimate, Estimate] | None:
+    """Return the rise of the loss per doubling of the `count`, and by how much more the log-odds before the edit rise.
+
+    Each as a share of its own mean, of pairs that did occur; the second is 0 if the edit takes the same share of the
+    log-odds from rare and frequent pairs. Intervals take the means as given. None where the mean loss is below
+    `LEAST_LOSS`: what takes nothing follows nothing.
+    """
+    seen = table[table["count"] > 0]
+    if seen.loss_margin.mean() < LEAST_LOSS:
+        return None
+    loss = table.loss_margin / seen.loss_margin.mean()
+    before = table.margin_before / seen.margin_before.mean()
+    parts = table.assign(loss_share=loss, spared=before - loss)
+    return count_slopes(parts, "loss_share")["count"], count_slopes(parts, "spared")["count"]
+
+
 def reach(table: pd.DataFrame, seed: int = 0) -> Estimate:
-    """Return the mean loss of held-out pairs over that of pairs that occurred, of real nouns that have both."""
+    """Return the mean loss of held-out pairs minus half that of pairs that occurred, of real nouns that have both.
+
+    In nats. Where pairs that occurred lose nothing (their mean loss is not above 0), half of it counts as nothing.
+    """
     real = table[table.kind != "invented"]
     means = real.groupby(["singular", "held_out"]).loss_margin.mean().unstack().dropna()
-    return stats.ratio(means[True], means[False], seed=seed)
+    half = means[False] / 2 if means[False].mean() > 0 else 0.0
+    return stats.mean(means[True] - half, seed=seed)
 
 
 # ---------------------------------------------------------------------------------------------------- edits
@@ -237,3 +258,48 @@ def edit_table(tables: Mapping[str, pd.DataFrame], editor: str) -> list[dict[str
             values = [str(share or "–") for share in (*shares.values(), follows)]
             rows.append({"model": model, "group": group.replace("_", " "), **dict(zip(labels, values, strict=True))})
     return rows
+
+
+# -------------------------------------------------------------------------------------------- over training seeds
+
+_REVERSE = "group == 'two_way' and criterion == 'symmetry'"
+_SYNONYM = "group == 'linked' and criterion == 'synonymy'"
+ROWS = {  # of `rewritten`, by claim: the relation, and which rows
+    "reverse-inferred": ("capital", "group == 'one_way' and criterion == 'before'"),
+    "two-way-symmetry-follows": ("capital", f"{_REVERSE} and editor == 'fine-tuning'"),
+    "two-way-symmetry-rome": ("capital", f"{_REVERSE} and editor == 'ROME' and took"),
+    "synonym-inferred": ("field", "group == 'linked' and criterion == 'before'"),
+    "linked-synonymy-follows": ("field", f"{_SYNONYM} and editor == 'fine-tuning'"),
+    "linked-synonymy-rome": ("field", f"{_SYNONYM} and editor == 'ROME' and took"),
+}
+LEAST_LOSS = 0.1  # nats, the mean over pairs: a smaller one has no share that could be told
+LEAST = 5  # edits that took: of fewer, what follows from them says nothing about a model
+
+
+def claim_values(
+    lost: pd.DataFrame, edits: Mapping[str, pd.DataFrame], seed: int = 0, model: str = ""
+) -> dict[str, Estimate | None]:
+    """Return what each claim of chapter 9 measures, with its interval over items, of a `model` or of all together.
+
+    `lost` is of `losses` and `edits` are of `rewritten`, by relation. None where too few edits took, and where
+    suppression takes too little to follow anything.
+    """
+    if model:
+        lost = lost[lost.model == model]
+        edits = {relation: table[table.model == model] for relation, table in edits.items()}
+    shares = {claim: success_share(edits[relation].query(rows)) for claim, (relation, rows) in ROWS.items()}
+    moves, survives = count_shares(lost) or (None, None)
+    return {
+        "count-is-learnt": count_slopes(lost, "margin_before")["count"],
+        "count-moves": moves,
+        "count-survives": survives,
+        "rule-reaches": reach(lost, seed),
+        **{claim: share if share and share.n >= LEAST else None for claim, share in shares.items()},
+    }
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Return the mean over training seeds with Student's interval; of fewer than two the interval is endless."""
+    if len(values) > 1:
+        return stats.runs(values)
+    return Estimate(values[0] if values else 0.0, -math.inf, math.inf, len(values))

@@ -15,6 +15,7 @@ from kncore import products
 from kncore.models import LM
 from kncore.store import disk
 from knpaper import resources
+from knpaper.datasets import files
 from knpaper.records import DECIDING, DECLARED, checksum, package_version, place_of, results_folder, says_the_same
 from knpaper.rules import CLAIMS, VERDICTS, Claim
 from knpaper.staleness import code
@@ -55,16 +56,30 @@ class Verdict:
             "95 % interval": str(estimate).partition(" ")[2].rpartition(",")[0],
             "smallest effect that matters": f"{claim.border}" + (f", {claim.smallest}" if claim.smallest else ""),
             "power": power_in_words(claim, power(claim, estimate)),
-            "speaks for": "nobody: a check of the manipulation" if claim.check else self.side,
-            "exploratory": claim.exploratory,
+            "speaks for": "nobody: it checks that the intervention took" if claim.check else self.side,
+            "rule chosen": claim.when,
         }
-        shown = "".join(f"<dt>{name}</dt><dd>{_safe(text)}</dd>" for name, text in details.items() if text)
-        what = "Check" if claim.check else "Verdict"
+        what, kind = ("Check", "check") if claim.check else ("Verdict", side_class(self.side))
+        said = f"check {claim.word(self.word)}" if claim.check else self.word
+        side = "" if claim.check else f'<span class="side">speaks for {self.side}</span> '
+        explored = '<span class="explored">exploratory</span> ' if claim.exploratory else ""
         return (
-            f'<div class="verdict {self.word} mathjax_ignore"><strong>{self.word.capitalize()} on {_safe(self.model)}.'
-            f"</strong> {_safe(claim.statement)}<br><em>{_safe(claim.metric)}</em>: <strong>{_safe(estimate)}</strong>"
-            f'<dl aria-label="{what}">{shown}</dl><small>Rule: {_safe(claim.rule)}.</small></div>'
+            f'<div class="verdict {self.word} {kind} mathjax_ignore">'
+            f"<strong>{said.capitalize()} on {_safe(self.model)}.</strong> {side}{explored}<br>{_safe(claim.statement)}"
+            f"<br><em>{_safe(claim.metric)}</em>: <strong>{_safe(estimate)}</strong>"
+            f"{definitions(details, what)}<small>Rule: {_safe(claim.rule)}.</small></div>"
         )
+
+
+def side_class(side: str) -> str:
+    """Return the class by which style sheets know a side: `for-thesis`, `for-paper` or `for-neither`."""
+    return f"for-{side.removeprefix('the ')}"
+
+
+def definitions(details: Mapping[str, str], label: str) -> str:
+    """Return names and what is said of each as an HTML list with a label, without those of which nothing is said."""
+    shown = (f"<div><dt>{name}</dt> <dd>{_safe(text)}</dd></div>" for name, text in details.items() if text)
+    return f'<dl aria-label="{_safe(label)}">{"".join(shown)}</dl>'
 
 
 def _safe(text: object) -> str:
@@ -106,7 +121,8 @@ def record(
     `known` lowers n to the number of units that the model knows: unknown ones are no evidence either way. `parameters`
     are kept as they are given. `date` is the day (UTC) on which these numbers were first recorded: a record that says
     the same on another date stays as it is. Raises KeyError for a claim that is not declared and ValueError for an
-    estimate that is not a number, and for a model that was changed since it was loaded.
+    estimate that is not a number, and for a model that was changed since it was loaded. Records of other data than the
+    project's own have a folder of their own, `<results>/<model>@<source>`.
     """
     if lm.is_modified:
         raise ValueError(
@@ -132,7 +148,7 @@ def record(
         "family": lm.spec.family,
         "dtype": str(lm.dtype).removeprefix("torch."),
         **products.noted(lm),
-        "source": source,
+        "source": files.named(source),
         "seed": seed,
         "parameters": parameters,
         "code": code(claim, lm.spec.family),

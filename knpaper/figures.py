@@ -6,6 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from kncore.models import LM
 from kncore.neurons import Neuron, top
+from knpaper.claims import definitions
 from knpaper.rules import CLAIMS
 from knpaper.stats import Estimate
 from knpaper.stored import visible
@@ -416,19 +418,20 @@ def header(lm: LM, *more: str) -> Markdown:
 
 
 def rules(number: str) -> HTML:
-    """Return the table of a chapter's claims and their rules, for a chapter by its number ("08")."""
-    return table(
-        [
-            {
-                "claim": claim.statement + (" (a check, no claim)" if claim.check else ""),
-                "metric": claim.metric,
-                "null": claim.control,
-                "smallest effect that matters": f"{claim.border}: {claim.smallest}" if claim.smallest else claim.border,
-                "unit, least n": f"{claim.unit}, {claim.min_n}",
-                "expected by the thesis, the paper": f"{claim.thesis or '–'}, {claim.paper or '–'}",
-                "rule": f"exploratory: {claim.exploratory}" if claim.exploratory else f"fixed before: {claim.fixed}",
-            }
-            for claim in CLAIMS.values()
-            if claim.chapter == number
-        ]
-    )
+    """Return the claims of a chapter with their rules, a block a claim, for a chapter by its number ("08")."""
+    blocks = []
+    for claim in (claim for claim in CLAIMS.values() if claim.chapter == number):
+        expected = {"the thesis": claim.thesis, "the paper": claim.paper}
+        details = {
+            "metric": claim.metric,
+            "null": claim.control,
+            "unit": f"{claim.unit}, at least {claim.min_n}" if claim.unit else "",
+            "supported if": f"the 95 % interval lies {claim.border.replace('>', 'above')}",
+            "smallest effect that matters": claim.smallest,
+            "expected": ", ".join(f"{verdict} by {who}" for who, verdict in expected.items() if verdict),
+            "rule chosen": claim.when,
+        }
+        kind = "Check that an intervention took. " if claim.check else ""
+        head = f"{kind}<strong>{escape(visible(claim.statement))}</strong>"
+        blocks.append(f'<div class="rule">{head}{definitions(details, claim.id)}</div>')
+    return HTML(f'<div class="rules mathjax_ignore">{"".join(blocks)}</div>')

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -113,6 +114,27 @@ def sizes(scores: Float[Tensor, "query block neuron"], sets: Sequence[Sequence[i
         "p reached, mean [95 %]": str(stats.mean([f.p for f in found], seed=seed)),
         "refined, mean": f"{np.mean([len(f.neurons) for f in found]):.2f}",
     }
+
+
+def localisation(
+    scores: Float[Tensor, "query block neuron"],
+    cosines: Float[Tensor, "query query"],
+    groups: Mapping[str, Sequence[Sequence[int]]],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return the paper's table of how local relations and conditions are, a row for each name of `groups`.
+
+    `|KN|` is the mean number of refined neurons of its groups of prompts, `p` (the paper's τ) the mean share of prompts
+    at which their search ended, `found` the share of groups with two to five neurons, and `R1²` the mean similarity,
+    from 0 to 1, with its interval over groups (`low`, `high`).
+    """
+    rows = []
+    for name, sets in groups.items():
+        found = [neurons.find_neurons(scores[group]) for group in sets]
+        alike = stats.mean(neurons.similarity_of_sets(cosines, sets).tolist(), seed=seed)
+        counts = np.mean([[len(f.neurons), f.p, f.converged] for f in found], axis=0)
+        rows.append([name, len(found), *counts, *alike[:3]])
+    return pd.DataFrame(rows, columns=["of", "groups", "|KN|", "p", "found", "R1²", "low", "high"]).round(3)
 
 
 def by_chance(

@@ -13,8 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from kncore import arch
+from kncore.store import disk
+from knpaper.datasets import files
 from knpaper.rules import CLAIMS, SIDES, VERDICTS
 from knpaper.stats import Estimate, Sample
 from knpaper.stored import UNREADABLE
@@ -40,8 +43,30 @@ def package_version(name: str = "kncore") -> str:
 
 
 def place_of(record: Mapping) -> Path:
-    """Return where a record lies below the folder of results."""
-    return Path(record["model"].replace("/", "--"), f"{record['claim']}.json")
+    """Return where a record lies below the folder of results: by model, and by source where that is not the own."""
+    return folder_of(record) / f"{record['claim']}.json"
+
+
+def folder_of(record: Mapping) -> Path:
+    """Return the folder of a record below that of results; only its `model` and `source` are read."""
+    folder = record["model"].replace("/", "--")
+    return Path(folder if is_own(record) else f"{folder}@{record['source']}")
+
+
+def keep_table(name: str, model: str, source: str, table: pd.DataFrame) -> None:
+    """Write `<name>.tsv` beside the records of a model and a source: numbers, and names of what they are of."""
+    folder = results_folder() / folder_of({"model": model, "source": files.named(source)})
+    disk.write(folder / f"{name}.tsv", table.to_csv(sep="\t", index=False))
+
+
+def is_own(record: Mapping) -> bool:
+    """Return whether a record is of this project's data: of its facts and grammars, or of its corpus."""
+    return not re.fullmatch("public|folder@[0-9a-f]{8}", record["source"])
+
+
+def column_of(record: Mapping) -> str:
+    """Return under what name tables show a record: its model, with the data where they are not the project's own."""
+    return record["model"] if is_own(record) else f"{record['model']}, {record['source']} data"
 
 
 def checksum(record: Mapping) -> str:
@@ -120,7 +145,7 @@ def read_records(results: Path) -> list[Mapping]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             _check(record)
-            place = list(CLAIMS).index(record["claim"]), record["model"]
+            place = list(CLAIMS).index(record["claim"]), column_of(record)
             if path != results / place_of(record):
                 raise ValueError(f"its place is {place_of(record).as_posix()}")
         except (*UNREADABLE, KeyError) as error:

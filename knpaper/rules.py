@@ -13,6 +13,7 @@ from knpaper.stats import Estimate
 
 VERDICTS = ("supported", "contradicted", "inconclusive")
 SIDES = ("the thesis", "the paper", "neither")
+CHECKED = {"supported": "passed", "contradicted": "failed", "inconclusive": "undecided"}  # what a check is said to be
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Claim:
     @property
     def units(self) -> str:
         """What is counted, in the plural."""
-        return f"{self.unit or 'unit'}s"
+        return f"{self.unit or 'unit'}s".replace(" or ", "s or ")
 
     @property
     def border(self) -> str:
@@ -84,6 +85,17 @@ class Claim:
         """Return for whom a verdict speaks: whoever alone expected it, of the thesis and the paper; else `neither`."""
         expecting = [name for name in ("thesis", "paper") if getattr(self, name) == verdict]
         return f"the {expecting[0]}" if len(expecting) == 1 and not self.check else "neither"
+
+    def word(self, verdict: str) -> str:
+        """Return a verdict as readers see it: of a check of the manipulation `passed`, `failed` or `undecided`."""
+        return CHECKED[verdict] if self.check else verdict
+
+    @property
+    def when(self) -> str:
+        """When metric and rule were chosen, in words; "" where the declaration does not say."""
+        if self.exploratory:
+            return f"exploratory: {self.exploratory}"
+        return f"before its number was known, in commit {self.fixed}" if self.fixed else ""
 
     @property
     def missing(self) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kncore import arch, models, zoo
 from kncore.store import fingerprint
-from knpaper import resources, stored, tasks
+from knpaper import public, resources, stored, tasks
 from knpaper.records import DECIDING, EARLIER, checksum, estimate_of, package_version
 from knpaper.rules import CLAIMS, Claim
 
@@ -93,6 +93,8 @@ def _settings(record: Mapping, notebook: Path | None) -> Iterator[tuple[str, obj
     yield "dtype", record["dtype"], str(models.resolve_device("cpu")[1]).removeprefix("torch.")
     recorded = {"seed": record["seed"], "source": record["source"], **record["parameters"]}
     defaults = _defaults(notebook, notebook.stat().st_mtime_ns) if notebook else {}
+    if record["source"] == "public":
+        defaults = {**defaults, "source": "public", **public.PARAMETERS.get(record["chapter"], {})}
     for name in recorded.keys() & defaults.keys():
         yield f"{name} =", recorded[name], defaults[name]
 

@@ -13,15 +13,18 @@ from kncore.predictions import predict
 from kncore.query import Query
 from knpaper import cases, grammar, tasks
 from knpaper.cases import Case
-from knpaper.datasets import blimp, pararel
+from knpaper.datasets import blimp, files, pararel
 
 TEMPLATES = 5  # of each fact
 TRIES = 150  # facts or sentences asked before unknown ones fill up the number
 RELATIONS = {
     "own": ("capital", "country_of_capital", "official_language", "native_language", "field_of_work", "occupation"),
-    "public": ("P36", "P1376", "P101", "P106", "P19", "P176"),  # those with five templates that end in [MASK]
+    "public": (  # of ParaRel: those with five patterns that end in [MASK]
+        *("P36", "P1376", "P101", "P106", "P19", "P176", "P138", "P159", "P178", "P20", "P264", "P27", "P39", "P449"),
+        *("P47", "P495", "P740", "P937"),
+    ),
 }
-PARADIGMS = (
+PARADIGMS = (  # of BLiMP: those in which what stands before the word decides on it, as a causal model needs it
     "determiner_noun_agreement_1",
     "determiner_noun_agreement_with_adjective_1",
     "determiner_noun_agreement_irregular_1",
@@ -34,13 +37,19 @@ PARADIGMS = (
 
 
 def relations(source: str = "own") -> list[str]:
-    """Return the relations that the chapters ask about: of the project's own facts, or of ParaRel."""
-    return list(RELATIONS["own" if source == "own" else "public"])
+    """Return the relations that the chapters ask about: of the project's own facts, or those of ParaRel that the source
+    holds; of what is fetched, all."""
+    names = RELATIONS["own" if source == "own" else "public"]
+    held = names if source in ("own", "public") else pararel.relations(source)
+    return [name for name in names if name in held]
 
 
 def phenomena(source: str = "own") -> list[str]:
-    """Return the phenomena that the chapters ask about: of the project's own grammars, or of BLiMP."""
-    return grammar.phenomena() if source == "own" else list(PARADIGMS)
+    """Return the phenomena that the chapters ask about: of the project's own grammars, or the paradigms of BLiMP that
+    the source holds; of what is fetched, all."""
+    if source in ("own", "public"):
+        return grammar.phenomena() if source == "own" else list(PARADIGMS)
+    return [name for name in PARADIGMS if files.holds(files.source("blimp", name), source)]
 
 
 class Selection(NamedTuple):
@@ -126,6 +135,16 @@ def capitals(lm: LM, n: int, seed: int = 0, source: str = "own") -> list[Case]:
     pairs = known_both(lm, "capital", seed)
     subjects, objects = map(list, zip(*pairs, strict=True))
     return cases.bijective("capital", min(n, len(pairs)), seed, subjects, objects)
+
+
+def rewrites(lm: LM, n: int, seed: int = 0, source: str = "own") -> list[Case]:
+    """Return at most `n` facts to rewrite: capitals (see `capitals`), or cases of CounterFact from public data.
+
+    What the model knows of CounterFact is not asked.
+    """
+    if source == "own":
+        return capitals(lm, n, seed)
+    return cases.public_cases("counterfact", _path(source), n, seed)
 
 
 def scholars(lm: LM, n: int, seed: int = 0, source: str = "own") -> tuple[list[Case], int]:

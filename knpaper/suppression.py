@@ -123,14 +123,14 @@ def by_relation(
 def unspecific(held: CapturedPrompts, facts: Sequence[Group], own: pd.DataFrame) -> pd.DataFrame:
     """Measure each fact's prompts under unspecific damage that costs its answer as much as its own neurons do.
 
-    The damage is the most active neurons above block 0; of `DAMAGE` the number is taken whose mean loss over the fact's
-    prompts is nearest to that in `own`, the table of `own_edits`. Returns the rows of `ablation.measure`, by prompt.
+    The damage is the most active neurons above block 0 (a model has two blocks at least); of `DAMAGE` the number is
+    taken whose mean loss over the fact's prompts is nearest to that in `own`, the table of `own_edits`. Returns the
+    rows of `ablation.measure`, by prompt.
     """
     ablations, doses = [], []
     for fact in facts:
-        sizes = fact.sizes.clone()
-        sizes[0] = 0
-        order = ablation.most_active(sizes, DAMAGE[-1])
+        order = ablation.most_active(fact.sizes[1:], DAMAGE[-1])
+        order = [(block + 1, index) for block, index in order]
         for p in fact.prompts:
             doses += [dose for dose in DAMAGE if dose <= len(order)]
             ablations += [Ablation(p, order[:dose], 0.0, UNSPECIFIC) for dose in DAMAGE if dose <= len(order)]

@@ -14,7 +14,7 @@ WITHIN = Claim("w", "01", "W.", "2", "m", "within", 0.5, 30)
 CLEAR = Estimate(0.8, 0.6, 0.9, 40)
 
 
-def put(claim="fact-has-neurons", estimate=CLEAR, lm=LM, **parameters):
+def put(claim="fact-search", estimate=CLEAR, lm=LM, **parameters):
     return record(claim, lm, estimate, seed=0, source="own", **parameters)
 
 

@@ -24,7 +24,7 @@ import kncore
 import knpaper
 from knbook import checkout, sphinxext
 from knpaper import claims, looking, stored
-from knpaper.records import effect, read_records
+from knpaper.records import column_of, effect, read_records
 from knpaper.staleness import stale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,13 +235,14 @@ def test_the_filter_of_the_claims_names_what_the_matrix_holds(pages):
     options = {
         field["name"]: [o["value"] for o in field.find_all("option") if o["value"]] for field in form.select("select")
     }
-    heads = [head.get_text(strip=True) for head in page.select("table.matrix thead th")]
-    assert options["model"] == heads[1:]
+    named = {model for row in page.select("tr[data-model]") for model in row["data-model"].split("|")}
+    assert set(options["model"]) == named
     assert set(options["chapter"]) == {claim.chapter for claim in claims.CLAIMS.values()} & {
         chapter.number for chapter in checkout.chapters(ROOT)
     }
-    shown = {name for span in page.select("table.matrix tbody td span") for name in span["class"]}
+    shown = {name for row in page.select("tr[data-model]") for name in row["class"]}
     assert set(options["verdict"]) >= shown & {"supported", "contradicted", "inconclusive", "not-run"}
+    assert set(options["speaks-for"]) >= {name for name in shown if name.startswith("for-")}
     assert form.find("output")["aria-live"] == "polite" and form.find(attrs={"name": "text"})
 
 
@@ -311,33 +312,42 @@ def test_the_tracked_records_of_the_models_that_the_book_runs_are_fresh():
     own |= set(checkout.COMPANION_MODELS)
     records = [told for told in read_records(ROOT / "results") if told["model"] in own]
     assert records
-    found = {(told["claim"], told["model"]): stale(told) for told in records}
+    found = {(told["claim"], column_of(told)): stale(told) for told in records}
     assert not any(found.values()), f"run `make notebooks`: {found}"
 
 
 def test_the_matrix_shows_every_record_with_its_verdict_and_where_it_came_from(pages):
     page = pages[HTML / "book" / "claims.html"]
-    heads = [head.get_text() for head in page.select("table.matrix thead th")]
-    rows = [row.find_all(["th", "td"]) for row in page.select("table.matrix tbody tr")]
-    cells = {}
-    for claim, row in zip(claims.CLAIMS, rows, strict=True):
-        cells |= {(claim, head): cell for head, cell in zip(heads, row, strict=True)}
     chapters = [c for c in checkout.chapters(ROOT) if f"notebooks/{c.path.stem}" in contents()]
     own = {chapter.number: chapter for chapter in chapters}
-    records = {(told["claim"], told["model"]): told for told in read_records(STAGED / "results")}
-    assert records
-    for place, told in records.items():
-        lines = [line.get_text() for line in cells[place].find_all("p")]
-        assert lines[:3] == [told["verdict"], effect(told), f"n = {told['n']}"], place
+    records = {(told["claim"], column_of(told)): told for told in read_records(STAGED / "results")}
+    rows = {}
+    for body in page.select("table.matrix > tbody"):
+        rows |= {(body["id"], row["data-model"]): row for row in body.select("tr[data-model]:not(.not-run)")}
+    further = {key for key in records if re.fullmatch(r"controlled-[a-z]+\d*-\d+", key[1])}
+    assert records and rows.keys() == records.keys() - further
+    for place, row in rows.items():
+        told, claim, said = records[place], claims.CLAIMS[place[0]], {}
+        for cell in row.find_all("td"):
+            said[cell["data-label"]] = cell.get_text().strip()
         reasons = stale(told)
-        assert lines[3:] == ["stale: " + "; ".join(reasons)] * bool(reasons), place
-        assert cells[place].find("span")["class"] == [told["verdict"], *["outdated"] * bool(reasons)], place
+        verdict = claim.word(told["verdict"]) + (" stale: " + "; ".join(reasons) if reasons else "")
+        assert said["Verdict"].removesuffix(" unstable over seeds") == verdict, place
+        assert f"{said['Effect']} {said['95 % interval']}" == effect(told) and said["n"] == str(told["n"]), place
+        assert claim.check or said["Speaks for"] == told.get("side", "neither"), place
         chapter = own.get(told["chapter"])
-        if chapter and told["model"] == chapter.defaults.get("model", told["model"]):
-            assert cells[place].find("a")["href"] == f"../notebooks/{chapter.path.stem}.html", place
-    silent = {place for place in cells if place[1] != "Claim"} - set(records)
-    assert {cells[place].get_text(strip=True) for place in silent} <= {"not run"}
+        if chapter and place[1] == chapter.defaults.get("model", place[1]):
+            assert row.find("a")["href"] == f"../notebooks/{chapter.path.stem}.html", place
+    assert {body["id"] for body in page.select("table.matrix > tbody")} == set(claims.CLAIMS)
     assert len(page.select("table.provenance tbody tr")) == len(records)
+
+
+def test_every_mark_leads_to_its_claim(pages):
+    for name in ("index", "across-models"):
+        marks = pages[HTML / "book" / f"{name}.html"].select("table.marks a.mark")
+        assert marks, name
+        for mark in marks:
+            assert claims.CLAIMS[mark["href"].partition("#")[2]].statement in mark["aria-label"]
 
 
 def test_every_page_can_be_cited_and_every_notebook_says_where_it_comes_from(pages):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -449,14 +450,15 @@ def test_without_scripts_there_are_pictures(browser, site, name):
 
 def test_the_claims_are_filtered(page):
     page.goto("/book/claims.html")
-    form, shown, rows = page.locator("#claims-filter"), page.locator("#claims-shown"), "table.matrix tbody tr"
+    form, shown, rows = page.locator("#claims-filter"), page.locator("#claims-shown"), "table.matrix > tbody"
     every = page.locator(rows).count()
-    expect(shown).to_have_text(f"{every} of {every} claims")
-    form.locator("[name=verdict]").select_option("contradicted")
-    some = page.locator(f"{rows}:not([hidden])")
-    assert 0 < some.count() < every
-    assert some.count() == some.filter(has=page.locator("td:not([hidden]) span.contradicted")).count()
-    expect(shown).to_have_text(f"{some.count()} of {every} claims")
+    expect(shown).to_have_text(f"{every} of {every} claims and checks")
+    some, lines = page.locator(f"{rows}:not([hidden])"), page.locator(f"{rows}:not([hidden]) tr:not(.claim, [hidden])")
+    for name, value in (("verdict", "contradicted"), ("speaks-for", "for-paper")):
+        form.locator(f"[name={name}]").select_option(value)
+        assert 0 < some.count() < every
+        assert lines.count() == page.locator(f"{rows}:not([hidden]) tr.{value}:not([hidden])").count()
+    expect(shown).to_have_text(f"{some.count()} of {every} claims and checks")
     form.locator("[name=text]").fill("no claim has these words")
     expect(some).to_have_count(0)
     form.locator("[type=reset]").click()
@@ -464,7 +466,35 @@ def test_the_claims_are_filtered(page):
     form.locator("[name=chapter]").select_option(index=1)
     assert 0 < some.count() < every
     form.locator("[name=model]").select_option(index=1)
-    assert page.locator("table.matrix thead th:not([hidden])").count() == 2
+    assert 0 < lines.count() <= some.count()
+
+
+def test_the_marks_are_walked_by_arrow_keys_and_say_what_they_mean(page):
+    page.goto("/book/index.html")
+    first, second = page.locator("table.marks a.mark").nth(0), page.locator("table.marks a.mark").nth(1)
+    assert page.locator('table.marks a.mark[tabindex="0"]').count() == 1
+    first.focus()
+    expect(page.locator("#term-hint")).to_have_text(first.get_attribute("aria-label"))
+    page.keyboard.press("ArrowRight")
+    expect(second).to_be_focused()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowDown")
+    below = page.locator("table.marks a.mark:focus")
+    assert below.evaluate("e => [e.closest('tr').rowIndex, e.closest('td').cellIndex]") == [2, 1]
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"claims\.html#[a-z-]+$"))
+
+
+@pytest.mark.parametrize("width", [390, 768, 1300, 1920])
+@each(["book/index", "book/claims", "book/across-models"])
+def test_no_table_of_claims_is_clipped(page, name, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(f"/{name}.html")
+    for table in page.locator("table.marks, table.matrix").all():
+        right, box, focus = table.evaluate(
+            "t => [...[t, t.parentElement].map(e => e.getBoundingClientRect().right), t.parentElement.tabIndex]"
+        )
+        assert right <= box + 1 or (width < 1000 and focus == 0)
 
 
 def test_a_term_shows_its_definition_to_pointer_and_keyboard(page):

@@ -166,13 +166,30 @@ def test_count_slopes_are_per_doubling_of_the_count_among_pairs_that_occur():
     )
 
 
-def test_reach_is_the_ratio_of_means_over_real_nouns_that_have_both_kinds_of_pairs():
+def test_count_shares_are_of_the_means_of_pairs_that_occur_and_none_where_nothing_is_lost():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"count": rng.integers(0, 100, 200), "other": rng.normal(size=200)})
+    table["singular"] = [f"n{i // 2}" for i in range(200)]
+    seen, noise = table["count"] > 0, 1e-6 * rng.normal(size=200)
+    before = 4 + 0.6 * np.log2(table["count"].clip(1)) + 1e-6 * rng.normal(size=200)
+    rise = 0.6 / before[seen].mean()
+    for loss, moves, survives in ((before / 2, rise, 0.0), (2.0, 0.0, rise)):
+        found = causes.count_shares(table.assign(margin_before=before, loss_margin=loss + noise))
+        assert np.allclose([each.value for each in found], [moves, survives], atol=1e-5)
+    for loss in (-1.0, 0.05):  # pairs that never occurred do not count
+        assert causes.count_shares(table.assign(margin_before=before, loss_margin=np.where(seen, loss, 9))) is None
+
+
+def test_reach_is_a_difference_over_real_nouns_that_have_both_kinds_of_pairs():
     rows = [("book", True, 1.0), ("book", True, 3.0), ("book", False, 4.0), ("cat", True, 1.0), ("cat", False, 2.0)]
     rows += [("dog", False, 100.0), ("wug", True, 100.0), ("wug", False, 1.0)]
     table = pd.DataFrame(rows, columns=["singular", "held_out", "loss_margin"])
     table["kind"] = np.where(table.singular == "wug", "invented", "regular")
     found = causes.reach(table)
-    assert isclose(found.value, (2 + 1) / (4 + 2)) and found.n == 2
+    assert isclose(found.value, (2 + 1) / 2 - (4 + 2) / 4) and found.n == 2
+    # Where suppression helps pairs that occurred, half of that is nothing to be reached.
+    helped = table.assign(loss_margin=table.loss_margin.where(table.held_out, -4))
+    assert isclose(causes.reach(helped).value, (2 + 1) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------- edits
@@ -245,3 +262,35 @@ def test_edit_table_has_a_row_for_each_model_and_group_with_what_follows_where_t
     assert found[0]["its paraphrases"] == found[0]["neighbours"] == "–"
     assert found[0]["follows, where it took"] == str(stats.share([True]))
     assert found[2]["neighbours"] == str(stats.share([True])) and found[2]["follows, where it took"] == "–"
+
+
+# -------------------------------------------------------------------------------------------- over training seeds
+
+
+def test_claim_values_are_of_one_model_or_of_all_and_none_where_few_edits_took(monkeypatch):
+    monkeypatch.setattr(causes, "count_slopes", lambda lost, outcome: {"count": len(lost)})
+    monkeypatch.setattr(causes, "count_shares", lambda lost: (1, 2) if len(lost) > 1 else None)
+    monkeypatch.setattr(causes, "reach", lambda lost, seed: len(lost))
+    lost = pd.DataFrame({"model": ["a", "a", "b"]})
+    rows = []
+    for model, took in (("a", True), ("b", False)):
+        for i in range(6):
+            rows.append((model, "two_way", "symmetry", "ROME", took or i < 4, f"{model}{i}", i < 3))
+            rows.append((model, "two_way", "symmetry", "fine-tuning", False, f"{model}{i}", i < 2))
+    columns = ["model", "group", "criterion", "editor", "took", "item", "success"]
+    table = pd.DataFrame(rows, columns=columns).astype({"success": "boolean"})
+    edits = {"capital": table, "field": table}
+    of_a, of_b = (causes.claim_values(lost, edits, 7, model) for model in "ab")
+    assert (of_a["rule-reaches"], of_b["rule-reaches"]) == (2, 1) == (of_a["count-is-learnt"], of_b["count-is-learnt"])
+    assert (of_a["count-survives"], of_b["count-moves"], of_b["count-survives"]) == (2, None, None)
+    assert of_a["two-way-symmetry-rome"].value == 0.5 and of_b["two-way-symmetry-rome"] is None
+    assert isclose(of_b["two-way-symmetry-follows"].value, 1 / 3)
+    together = causes.claim_values(lost, edits, 7)
+    assert together["two-way-symmetry-rome"].n == 10 and together["two-way-symmetry-follows"].n == 12
+    assert of_a["synonym-inferred"] is None
+
+
+def test_over_seeds_is_students_interval_and_endless_for_fewer_than_two():
+    assert causes.over_seeds([1.0, 2.0, 3.0]) == stats.runs([1.0, 2.0, 3.0])
+    assert tuple(causes.over_seeds([0.5])) == (0.5, -np.inf, np.inf, 1)
+    assert causes.over_seeds([]).n == 0

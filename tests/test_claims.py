@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,10 +18,10 @@ from knpaper.stats import Estimate
 
 def test_a_record_says_what_was_found_by_what_rule_on_what(results):
     verdict = put(n=12, quadrature="gauss")
-    assert verdict == Verdict(CLAIMS["fact-has-neurons"], CLEAR, "tiny-gpt2")
-    assert files(results) == ["tiny-gpt2/fact-has-neurons.json"]
-    told = json.loads((results / "tiny-gpt2" / "fact-has-neurons.json").read_text(encoding="utf-8"))
-    claim = CLAIMS["fact-has-neurons"]
+    assert verdict == Verdict(CLAIMS["fact-search"], CLEAR, "tiny-gpt2")
+    assert files(results) == ["tiny-gpt2/fact-search.json"]
+    told = json.loads((results / "tiny-gpt2" / "fact-search.json").read_text(encoding="utf-8"))
+    claim = CLAIMS["fact-search"]
     want = {
         "claim": claim.id,
         "chapter": "01",
@@ -38,9 +39,9 @@ def test_a_record_says_what_was_found_by_what_rule_on_what(results):
 
 def test_a_record_replaces_the_one_before(results):
     put()
-    put(estimate=Estimate(0.2, 0.1, 0.3, 40))
+    put(estimate=Estimate(0.1, 0.0, 0.15, 40))
     (told,) = read_records(results)
-    assert (told["value"], told["verdict"]) == (0.2, "contradicted")
+    assert (told["value"], told["verdict"]) == (0.1, "contradicted")
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -54,7 +55,7 @@ def test_a_record_that_cannot_be_written_leaves_what_was_there(before, results, 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         put(estimate=Estimate(0.1, 0.0, 0.2, 40))
-    assert files(results) == (["tiny-gpt2/fact-has-neurons.json"] if before else [])
+    assert files(results) == (["tiny-gpt2/fact-search.json"] if before else [])
     if before:
         assert read_records(results)[0]["value"] == 0.8
 
@@ -66,12 +67,12 @@ def test_parameters_that_are_no_json_leave_nothing_behind(results):
 
 
 def test_a_rerun_that_finds_the_same_keeps_the_date_and_the_file(results, monkeypatch):
-    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    path = results / "tiny-gpt2" / "fact-search.json"
     on(monkeypatch, "2026-01-01")
     put(n=(1, 2))
     first = path.read_bytes()
     on(monkeypatch, "2026-02-02")
-    assert put(n=(1, 2)) == Verdict(CLAIMS["fact-has-neurons"], CLEAR, "tiny-gpt2")
+    assert put(n=(1, 2)) == Verdict(CLAIMS["fact-search"], CLEAR, "tiny-gpt2")
     assert path.read_bytes() == first
     put(estimate=CLEAR._replace(value=0.81), n=(1, 2))
     assert json.loads(path.read_text())["date"] == "2026-02-02"
@@ -81,7 +82,7 @@ def test_a_rerun_that_finds_the_same_keeps_the_date_and_the_file(results, monkey
 def test_a_date_set_by_hand_is_not_kept(edit, results, monkeypatch):
     on(monkeypatch, "2026-01-01")
     put()
-    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    path = results / "tiny-gpt2" / "fact-search.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | edit) if edit else "spoiled")
     on(monkeypatch, "2026-02-02")
     put()
@@ -108,6 +109,34 @@ def test_a_verdict_in_words_and_in_html():
     for said in ('class="verdict supported ', "A.", "0.80 [0.60, 0.90], n = 40", "lies above 0.5"):
         assert said in html
     assert 'class="verdict contradicted ' in Verdict(WITHIN, CLEAR, "m1")._repr_html_()
+
+
+def test_html_of_a_verdict_says_what_it_rests_on_in_order_and_for_whom_it_speaks():
+    claim = replace(
+        ABOVE, unit="fact", control="c", null=0.1, expected=0.9, smallest="s", thesis="supported", fixed="abc"
+    )
+    html = Verdict(claim, CLEAR, "m1")._repr_html_()
+    names = [
+        "null",
+        "unit",
+        "n",
+        "effect",
+        "95 % interval",
+        "smallest effect that matters",
+        "speaks for",
+        "rule chosen",
+    ]
+    assert re.findall("<dt>(.*?)</dt>", html) == names, "power is not known without units"
+    assert "speaks for the thesis</span>" in html and 'class="verdict supported for-thesis ' in html
+    assert "<dd>before its number was known, in commit abc</dd>" in html and "exploratory" not in html
+    seen = Verdict(replace(claim, fixed="", exploratory="why"), CLEAR, "m1")._repr_html_()
+    assert ">exploratory</span>" in seen and "<dd>exploratory: why</dd>" in seen
+
+
+def test_a_check_looks_like_a_check():
+    html = Verdict(replace(ABOVE, check=True, thesis="supported"), CLEAR, "m1")._repr_html_()
+    assert "<strong>Check passed on m1.</strong>" in html and 'class="verdict supported check ' in html
+    assert "speaks for the" not in html and "for-thesis" not in html
 
 
 def test_html_of_a_verdict_escapes_what_it_shows():

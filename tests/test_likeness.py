@@ -1,6 +1,9 @@
 """Groups of prompts and how alike they are, against tables written by hand."""
 
+import math
+
 import numpy as np
+import pytest
 import torch
 
 from kncore import neurons
@@ -89,3 +92,18 @@ def test_a_leader_is_alone_in_small_company_more_often_than_in_large():
     assert likeness.alone(leaders, 99) == likeness.alone(leaders, 4)
     each, mean = likeness.owners([[Found([a], [1.0], 0.7, True)] * 2, [Found([b], [1.0], 0.7, True)] * 1])
     assert each == [0, 0, 1] and mean.value == 1 / 3
+
+
+def test_localisation_is_the_mean_over_groups():
+    scores = torch.zeros(4, 1, 6)
+    scores[:, 0, 0] = 1.0  # in all four prompts
+    scores[:2, 0, 1] = 0.5  # in the first two
+    scores[2:, 0, 2:5] = 0.5  # in the others
+    cosines = neurons.gram(scores.flatten(1))
+    found = likeness.localisation(scores, cosines, {"r": [[0, 1], [2, 3]], "mixed": [[0, 2]]}).set_index("of")
+    # Two neurons in both prompts of the first group, four in those of the second: both found at once, at p = 0.7.
+    assert found.loc["r", ["groups", "|KN|", "p", "found", "R1²"]].tolist() == [2, 3.0, 0.7, 1.0, 1.0]
+    # Only the first is in both; the others are in half, so that p falls below 0.5, where all five count.
+    cosine = 1 / math.sqrt(1.25 * 1.75)
+    assert found.loc["mixed", ["groups", "|KN|", "p", "found"]].tolist() == [1, 5.0, 0.45, 1.0]
+    assert found.loc["mixed", "R1²"] == pytest.approx(cosine, abs=1e-3)

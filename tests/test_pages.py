@@ -21,13 +21,17 @@ from toy import COMPUTE, make_checkout, notebook, snapshot
 from knbook import book, errors, pages, runner
 from kncore import zoo
 from kncore.store import disk
-from knpaper import claims
+from knpaper import across, audit, claims, records, rules, seeds, staleness
 from knpaper.records import checksum, package_version, read_records
-from knpaper.rules import VERDICTS
+from knpaper.rules import VERDICTS, Claim
 from knpaper.stats import Estimate
 
 SHOWN, OWN = pytest.mark.kind("shown-is-data"), pytest.mark.kind("shown-is-data", own=True)
 NOTEBOOK = nbformat.writes(notebook("1"))
+PLAIN = [claim for claim in claims.CLAIMS.values() if not claim.check]
+CHECKS = [claim for claim in claims.CLAIMS.values() if claim.check]
+FIRST = next(claim for claim in PLAIN if claim.chapter == "01")
+ESTIMATE = Estimate(0.8, 0.6, 0.9, 40)
 
 # ------------------------------------------------------------------------------------------------ the book
 
@@ -149,7 +153,7 @@ def unloaded(name: str, revision: str = "0123456789abcdef") -> SimpleNamespace:
 def put(folder: Path, claim: str, model: str, monkeypatch, **changes) -> Path:
     """A record with made-up numbers below `folder`; `changes` are made and sealed after it was recorded."""
     monkeypatch.setenv("KNCORE_RESULTS", str(folder))
-    claims.record(claim, unloaded(model), Estimate(0.8, 0.6, 0.9, 40), seed=0, source="own")
+    claims.record(claim, unloaded(model), ESTIMATE, seed=0, source="own")
     path = folder / model.replace("/", "--") / f"{claim}.json"
     told = json.loads(path.read_text()) | changes
     path.write_text(json.dumps(told | {"checksum": checksum(told)}, indent=1, ensure_ascii=False) + "\n")
@@ -158,13 +162,13 @@ def put(folder: Path, claim: str, model: str, monkeypatch, **changes) -> Path:
 
 def test_the_book_keeps_the_dates_of_unchanged_records_and_no_claim_that_is_no_longer_recorded(tmp_path, monkeypatch):
     new, old = tmp_path / "new", tmp_path / "toy" / "results"
-    told = [put(new, claim, "tiny", monkeypatch) for claim in ("fact-has-neurons", "fact-owns-neuron")]
+    told = [put(new, claim, "tiny", monkeypatch) for claim in ("fact-search", "fact-owner")]
     source = "import json, os, pathlib\nfolder = pathlib.Path(os.environ['KNCORE_RESULTS'], 'tiny')\nfolder.mkdir()\n"
     source += "\n".join(f"_ = (folder / {p.name!r}).write_text({p.read_text()!r})" for p in told)
     toy = make_checkout(tmp_path / "toy", n01_toy=notebook(source))
     (toy / "_config.yml").touch()
-    put(old, "fact-has-neurons", "tiny", monkeypatch, date="2020-02-02")
-    put(old, "fact-owns-neuron", "tiny", monkeypatch, date="2020-02-02", value=0.7)
+    put(old, "fact-search", "tiny", monkeypatch, date="2020-02-02")
+    put(old, "fact-owner", "tiny", monkeypatch, date="2020-02-02", value=0.7)
     put(old, "equally-few", "tiny", monkeypatch, date="2020-02-02")
     put(old, "equally-few", "other", monkeypatch, date="2020-02-02")
 
@@ -180,8 +184,8 @@ def test_the_book_keeps_the_dates_of_unchanged_records_and_no_claim_that_is_no_l
     dates = {(told["claim"], told["model"]): told["date"] for told in read_records(staging / "results")}
     today = json.loads(told[0].read_text())["date"]
     assert dates == {
-        ("fact-has-neurons", "tiny"): "2020-02-02",
-        ("fact-owns-neuron", "tiny"): today,
+        ("fact-search", "tiny"): "2020-02-02",
+        ("fact-owner", "tiny"): today,
         ("equally-few", "other"): "2020-02-02",
     }
     rows = body(shown(staging, "provenance"))
@@ -213,87 +217,103 @@ def lines(cell) -> list[str]:
     return [paragraph.get_text() for paragraph in cell.find_all("p")]
 
 
-def test_the_matrix_has_a_row_for_each_claim_and_a_column_for_each_model(toy, monkeypatch):
+def cells(row) -> dict[str, str]:
+    """The cells of a model's row in the matrix, by their labels."""
+    return {cell["data-label"]: cell.get_text().strip() for cell in row.find_all("td")}
+
+
+def rows_of(page: BeautifulSoup, claim: str) -> dict[str, object]:
+    """The rows of a claim in the matrix, by model."""
+    return {row["data-model"]: row for row in page.find(id=claim).find_all("tr", attrs={"data-model": True})}
+
+
+def test_the_matrix_has_a_row_for_each_claim_and_model_and_the_checks_stand_apart(toy, monkeypatch):
     for claim in claims.CLAIMS:
         put(toy / "results", claim, "tiny", monkeypatch)
-    put(toy / "results", "fact-has-neurons", "z", monkeypatch)
-    put(toy / "results", "equally-few", "a/b@c", monkeypatch)
-    page = shown(toy, "matrix")
-    assert [head.get_text() for head in page.select("thead th")] == ["Claim", "tiny", "a/b@c", "z"]
-    rows = dict(zip(claims.CLAIMS, body(page), strict=True))
-    for claim, cells in rows.items():
-        told = claims.CLAIMS[claim]
-        said = [line.replace("’", "'") for line in lines(cells[0])]
-        assert said == [told.statement, f"Chapter {told.chapter}, {claim}: {told.metric}"]
-        verdict = told.verdict(Estimate(0.8, 0.6, 0.9, 40))
-        assert lines(cells[1]) == [verdict, "0.80 [0.60, 0.90]", "n = 40"]
-        assert cells[1].find("span")["class"] == [verdict]
-    empty = {
-        (claim, column) for claim, cells in rows.items() for column in (2, 3) if lines(cells[column]) == ["not run"]
-    }
-    assert len(empty) == 2 * len(rows) - 2
-    assert not empty & {("fact-has-neurons", 3), ("equally-few", 2)}
+    put(toy / "results", FIRST.id, "z", monkeypatch)
+    put(toy / "results", FIRST.id, "a/b@c", monkeypatch)
+    page, checks = shown(toy, "matrix"), shown(toy, "checks")
+    bodies = {body["id"]: body for part in (page, checks) for body in part.find_all("tbody")}
+    assert {body["id"] for body in checks.find_all("tbody")} == {claim.id for claim in CHECKS}
+    assert list(bodies) == [claim.id for claim in [*PLAIN, *CHECKS]]
+    for claim, body in zip([*PLAIN, *CHECKS], bodies.values(), strict=True):
+        heads = [line.get_text().replace("’", "'") for line in body.select("tr.claim p")]
+        assert heads == [claim.statement, f"Chapter {claim.chapter}, {claim.id}: {claim.metric}"]
+        verdict, row = claim.verdict(ESTIMATE), body.find("tr", attrs={"data-model": "tiny"})
+        assert list(cells(row))[:5] == ["Verdict", "n", "Effect", "95 % interval", "Smallest effect"]
+        assert list(cells(row).values())[:5] == [claim.word(verdict), "40", "0.80", "[0.60, 0.90]", claim.border]
+        side = "the intervention" if claim.check else claim.side(verdict)
+        assert list(cells(row).values())[6] == side
+    assert list(rows_of(page, FIRST.id)) == ["tiny", "a/b@c", "z"]
+    assert rows_of(page, PLAIN[1].id)["a/b@c|z"].get_text() == "not run on a/b@c, z"
 
 
-def test_a_cell_leads_to_the_chapter_or_the_run_that_it_came_from(toy, monkeypatch):
+def test_what_a_claim_declares_stands_above_its_rows(toy):
+    found = shown(toy, "matrix").find(id=FIRST.id).find("dl")
+    said = [(name.get_text(), text.get_text()) for name, text in zip(*map(found.find_all, ("dt", "dd")), strict=True)]
+    names = ["null", "unit", "smallest effect that matters", "expected", "rule chosen"]
+    assert [name for name, _ in said] == names
+    assert said[0][1] == f"{FIRST.control} (the metric is then {FIRST.null:g})"
+    assert said[1][1] == f"{FIRST.unit}, at least {FIRST.min_n}"
+
+
+def test_a_row_leads_to_the_chapter_or_the_run_that_it_came_from(toy, monkeypatch):
+    other = next(claim for claim in PLAIN if claim.chapter == "02")
     for model in ("tiny", "owner/ran", "unran"):
-        for claim in ("fact-has-neurons", "grammar-has-neurons"):
-            put(toy / "results", claim, model, monkeypatch)
+        for claim in (FIRST, other):
+            put(toy / "results", claim.id, model, monkeypatch)
     nbformat.write(notebook(), toy / "notebooks" / "02-not-in-the-contents.ipynb")
     page = shown(toy, "matrix", ["notebooks/01-toy", "book/runs/owner--ran/01-toy"])
-    rows = dict(zip(claims.CLAIMS, body(page), strict=True))
-    links = [[a["href"] for a in cell.find_all("a")] for cell in rows["fact-has-neurons"]]
-    assert links == [["notebooks/01-toy"], ["notebooks/01-toy"], ["book/runs/owner--ran/01-toy"], []]
-    assert not [a for cell in rows["grammar-has-neurons"] for a in cell.find_all("a")], "there is no page of chapter 02"
+    links = {model: [a["href"] for a in row.find_all("a")] for model, row in rows_of(page, FIRST.id).items()}
+    assert links == {"tiny": ["notebooks/01-toy"], "owner/ran": ["book/runs/owner--ran/01-toy"], "unran": []}
+    assert not page.find(id=other.id).find_all("a"), "there is no page of chapter 02"
 
 
 def test_the_matrix_says_what_is_stale_and_why(toy, monkeypatch):
     results = toy / "results"
-    put(results, "fact-has-neurons", "fresh", monkeypatch)
-    put(results, "fact-has-neurons", "other", monkeypatch, code="0" * 16, metric="m")
-    path = put(results, "fact-has-neurons", "edited", monkeypatch)
-    path.write_text(path.read_text().replace('"supported"', '"contradicted"'))
-    path = put(results, "fact-has-neurons", "old", monkeypatch)
+    put(results, FIRST.id, "fresh", monkeypatch)
+    put(results, FIRST.id, "other", monkeypatch, code="0" * 16, metric="m")
+    path = put(results, FIRST.id, "edited", monkeypatch)
+    verdict = FIRST.verdict(ESTIMATE)
+    changed = next(other for other in VERDICTS if other != verdict)
+    path.write_text(path.read_text().replace(f'"verdict": "{verdict}"', f'"verdict": "{changed}"'))
+    path = put(results, FIRST.id, "old", monkeypatch)
     unsealed = json.loads(path.read_text())
     path.write_text(json.dumps({name: unsealed[name] for name in unsealed if name not in ("date", "checksum")}))
-    page = shown(toy, "matrix")
-    models = [head.get_text() for head in page.select("thead th")]
-    assert models[:2] == ["Claim", "tiny"]
-    cells = dict(zip(models, body(page)[0], strict=True))
-    assert lines(cells["fresh"]) == ["supported", "0.80 [0.60, 0.90]", "n = 40"]
-    assert lines(cells["edited"])[::3] == ["contradicted", "stale: edited after it was recorded"]
-    assert lines(cells["other"])[-1] == "stale: the code has changed since; the metric has changed since"
-    assert lines(cells["old"])[-1] == "stale: it has no checksum"
-    assert {model: "outdated" in cells[model].find("span")["class"] for model in models[2:]} == {
-        "fresh": False,
-        "edited": True,
-        "other": True,
-        "old": True,
+    rows = rows_of(shown(toy, "matrix"), FIRST.id)
+    said = {model: cells(row)["Verdict"] for model, row in rows.items() if model in ("fresh", "edited", "other", "old")}
+    assert said == {
+        "fresh": verdict,
+        "edited": f"{changed} stale: edited after it was recorded",
+        "other": f"{verdict} stale: the code has changed since; the metric has changed since",
+        "old": f"{verdict} stale: it has no checksum",
+    }
+    assert {model: "outdated" in rows[model].find("span")["class"] for model in said} == {
+        model: model != "fresh" for model in said
     }
     dates = {row[1].get_text(): row[-1].get_text() for row in body(shown(toy, "provenance"))}
     assert dates["old"] == "not recorded" and dates["fresh"] == unsealed["date"]
 
 
 def test_provenance_has_a_row_for_each_record(toy, monkeypatch):
-    code = json.loads(put(toy / "results", "fact-has-neurons", "tiny", monkeypatch).read_text())["code"]
+    code = json.loads(put(toy / "results", "fact-search", "tiny", monkeypatch).read_text())["code"]
     put(toy / "results", "equally-few", "a/b@c", monkeypatch, date="2026-03-04", code=code)
     rows = [[cell.get_text() for cell in row] for row in body(shown(toy, "provenance"))]
     known = ["01234567", "own", "0", "40", code[:8], package_version()]
-    assert [row[:-1] for row in rows] == [["fact-has-neurons", "tiny", *known], ["equally-few", "a/b@c", *known]]
+    assert [row[:-1] for row in rows] == [["fact-search", "tiny", *known], ["equally-few", "a/b@c", *known]]
     assert rows[1][-1] == "2026-03-04"
 
 
 def test_hub_models_without_a_record_have_the_command_that_runs_them(toy, monkeypatch):
-    put(toy / "results", "fact-has-neurons", "gpt2", monkeypatch)
+    put(toy / "results", "fact-search", "gpt2", monkeypatch)
     rows = {row[0].get_text(): row[-1].get_text() for row in body(shown(toy, "hub"))}
     hub = [name for name, entry in zoo.REGISTRY.items() if isinstance(entry, zoo.Hub)]
     assert rows == {name: f"python -m kncore run --model {name}" for name in hub if name != "gpt2"}
 
 
 def test_without_records_the_matrix_says_that_nothing_has_been_run(toy):
-    page = shown(toy, "matrix")
-    assert [head.get_text() for head in page.select("thead th")] == ["Claim", "tiny"]
-    assert [lines(row[1]) for row in body(page)] == [["not run"]] * len(claims.CLAIMS)
+    rows = shown(toy, "matrix").select("tr[data-model]")
+    assert [row.get_text() for row in rows] == ["not run on tiny"] * len(PLAIN)
     assert shown(toy, "provenance").find("p").get_text() == "No claim has a record yet."
 
 
@@ -313,51 +333,141 @@ def test_text_in_a_template_is_shown_as_it_is(text):
 def test_the_claims_in_small_have_a_row_for_each_chapter_and_words_for_each_mark(toy, monkeypatch):
     for claim in claims.CLAIMS:
         put(toy / "results", claim, "tiny", monkeypatch)
-    put(toy / "results", "equally-few", "other", monkeypatch, code="0" * 16)
-    page = shown(toy, "marks")
+    put(toy / "results", FIRST.id, "other", monkeypatch, code="0" * 16)
+    page = shown(toy, "marks", ["notebooks/01-toy", "book/claims"])
     assert [head.get_text() for head in page.select("thead th")] == ["Chapter", "tiny", "other"]
-    rows = {row[0].get_text(): row[1:] for row in body(page)}
     by_chapter = {}
-    for claim in claims.CLAIMS.values():
+    for claim in PLAIN:
         by_chapter.setdefault(claim.chapter, []).append(claim)
-    assert [len(row[0].select("span[role=img]")) for row in rows.values()] == [len(c) for c in by_chapter.values()]
-    for told, row in zip(by_chapter.values(), rows.values(), strict=True):
-        for claim, mark in zip(told, row[0].find_all("span"), strict=True):
-            verdict = claim.verdict(Estimate(0.8, 0.6, 0.9, 40))
-            assert mark["class"] == ["told", verdict]
-            assert mark["aria-label"] == f"{verdict}: {claim.statement}"
-            assert mark["title"].endswith("0.80 [0.60, 0.90], n = 40")
-    others = [mark for row in rows.values() for mark in row[1].find_all("span")]
-    assert sum("not-run" in mark["class"] for mark in others) == len(claims.CLAIMS) - 1
-    assert [mark["aria-label"].split(":")[0] for mark in others if "outdated" in mark["class"]] == ["supported, stale"]
-    (link,) = page.find_all("a")
-    assert link["href"] == "notebooks/01-toy" and link.get_text() == "Toy"
+    groups = [*by_chapter.values(), *([CHECKS] if CHECKS else [])]
+    for group, row in zip(groups, body(page), strict=True):
+        for claim, mark in zip(group, row[1].select(".mark"), strict=True):
+            verdict = claim.verdict(ESTIMATE)
+            speaks = f"check {claim.word(verdict)}" if claim.check else f"{verdict}, speaks for {claim.side(verdict)}"
+            explored = ", exploratory" * bool(claim.exploratory)
+            words = f"{speaks}{explored}: {claim.statement} 0.80 [0.60, 0.90], n = 40 {claim.units}"
+            assert mark["aria-label"] == words
+            assert mark.name == "a" and mark["href"] == f"book/claims#{claim.id}"
+            kind = "check" if claim.check else claims.side_class(claim.side(verdict))
+            assert {"mark", verdict, kind} <= set(mark["class"])
+            assert ("explored" in mark["class"]) == bool(claim.exploratory)
+            assert mark.get_text() == pages.MARKS[verdict]
+    others = [mark for row in body(page) for mark in row[2].select(".mark")]
+    assert sum(mark.name == "span" and "not-run" in mark["class"] for mark in others) == len(claims.CLAIMS) - 1
+    (outdated,) = [mark for mark in others if "outdated" in mark["class"]]
+    assert ", stale: " in outdated["aria-label"]
+    assert [link["href"] for link in page.select("th a")] == ["notebooks/01-toy"]
 
 
-@pytest.mark.parametrize("value", [0.8, 0.2])
-def test_the_findings_say_what_the_records_say(toy, monkeypatch, value):
-    low, high = value - 0.1, value + 0.1
-    for claim, phrases in pages.FINDINGS.items():
-        path = put(toy / "results", claim, "tiny", monkeypatch)
-        verdict = claims.CLAIMS[claim].verdict(Estimate(value, low, high, 40))
-        told = json.loads(path.read_text()) | {"value": value, "low": low, "high": high, "verdict": verdict}
-        path.write_text(json.dumps(told | {"checksum": checksum(told)}))
-        assert set(phrases) == set(VERDICTS)
-    said = shown(toy, "findings").get_text()
-    for claim, phrases in pages.FINDINGS.items():
-        verdict = claims.CLAIMS[claim].verdict(Estimate(value, low, high, 40))
-        assert [v for v in phrases if phrases[v] in said] == [verdict]
-    assert f"Of {len(pages.FINDINGS)} claims" in said
+def recorded(toy: Path, monkeypatch, **verdicts: dict[str, str]) -> None:
+    """Records of claims by model with these verdicts, and the sides that follow; names have _ for -."""
+    for name, by_model in verdicts.items():
+        claim = claims.CLAIMS[name.replace("_", "-")]
+        for model, verdict in by_model.items():
+            put(toy / "results", claim.id, model, monkeypatch, verdict=verdict, side=claim.side(verdict))
+
+
+def declare(monkeypatch, *declared: Claim) -> None:
+    """Let these be the claims of the book."""
+    for module in (rules, claims, records, across, audit, seeds, staleness):
+        monkeypatch.setattr(module, "CLAIMS", {claim.id: claim for claim in declared})
+
+
+def claim_of(name: str, thesis: str, paper: str, **fields) -> Claim:
+    shared = {"chapter": "01", "section": "2", "metric": "m", "kind": "above", "threshold": 0.5, "min_n": 3}
+    return Claim(name, statement=f"{name} is so.", thesis=thesis, paper=paper, **shared | fields)
+
+
+@pytest.fixture
+def family(monkeypatch) -> None:
+    """Three claims of which two have sides, and a check."""
+    for_thesis = claim_of("a", "supported", "contradicted", exploratory="seen")
+    for_paper = claim_of("b", "contradicted", "supported", fixed="abc")
+    declare(monkeypatch, for_thesis, for_paper, claim_of("c", "", "", fixed="abc"), claim_of("d", "", "", check=True))
+
+
+def test_the_findings_count_by_side_and_name_what_speaks_for_either(toy, monkeypatch, family):
+    yes, no = "supported", "contradicted"
+    recorded(toy, monkeypatch, a={"x": yes, "y": yes, "z": no}, b={"x": yes, "y": yes}, c={"x": no}, d={"x": yes})
+    paper, thesis = shown(toy, "findings").select(".findings > div")
+    assert [line.get_text() for line in paper.find_all(["strong", "li"])] == [
+        "Most widely for the paper",
+        "b is so. Supported on 2 of 2 models.",
+    ]
+    assert thesis.find("li").get_text() == "a is so. Supported on 2 of 3 models."
+    assert (paper["class"], thesis["class"]) == (["for-paper"], ["for-thesis"])
+    said = " ".join(shown(toy, "counts").get_text().split())
+    assert "Of 6 verdicts on 3 models, 2 speak for the thesis, 3 for the paper and 1 for neither." in said
+    assert "3 follow a rule that was fixed before their number was known, 3 are exploratory." in said
+    assert "1 of 2 claims that two or more models decide have opposite verdicts." in said
+
+
+def test_without_records_nothing_is_said_to_be_found(toy):
+    for name, words in {"counts": "No claim has", "multiplicity": "No claim has", "across": "No claim is"}.items():
+        assert words in shown(toy, name).get_text()
+
+
+def test_models_are_set_side_by_side(toy, monkeypatch, family):
+    yes, no, open_ = "supported", "contradicted", "inconclusive"
+    recorded(
+        toy,
+        monkeypatch,
+        a={"controlled-x": no, "controlled-y": no, "z": yes},
+        b={"controlled-x": yes, "z": yes, "w": open_},
+        c={"z": open_},
+    )
+    page = shown(toy, "across")
+    said = " ".join(page.get_text().split())
+    assert "2 claims are decided, supported or contradicted, on two models or more. On 1 of them all" in said
+    assert "and 1 flip: supported" in said
+    assert "Another 1 are decided on one model at most" in said
+    assert "b is so. Supported on 2 of 3 models, open on the others." in said
+    assert "a is so. Supported on z (0.80 [0.60, 0.90]); contradicted on controlled-x (0.80" in said
+    assert "Models trained here, on sentences of our own: 1 of the 1 flips" in said
+    assert "Masked models:" not in said, "none of these models is masked"
+    assert "z stands alone against at least two others in 1 of the 1." in said
+    assert "z and controlled-y differ most: opposite verdicts on 1 of the 1 claims" in said
+    rows = [[cell.get_text().strip() for cell in row] for row in body(shown(toy, "by-model"))]
+    assert shown(toy, "by-model").select("thead th")[1].get_text() == "tiny"
+    assert [row[0] for row in rows] == ["b is so.", "c is so.", "a is so."]
+    assert [row[-1] for row in rows] == ["0.67", "0.00", "flips"]
+
+
+def test_a_verdict_that_its_seeds_do_not_share_is_marked_and_further_seeds_are_no_models(toy, monkeypatch, family):
+    recorded(toy, monkeypatch, a={"controlled-gpt2": "supported", "controlled-bert": "supported"})
+    for seed, value in enumerate((0.3, 0.9), 1):
+        put(toy / "results", "a", f"controlled-gpt2-{seed}", monkeypatch, value=value)
+        put(toy / "results", "a", f"controlled-bert-{seed}", monkeypatch, value=0.8 + seed / 1000)
+    marks = {mark.find_parent("td")["data-label"]: mark for mark in shown(toy, "marks").select(".mark.supported")}
+    assert set(marks) == {"controlled-gpt2", "controlled-bert"}
+    assert {model: "unstable" in mark["class"] for model, mark in marks.items()} == {
+        "controlled-gpt2": True,
+        "controlled-bert": False,
+    }
+    assert "unstable over seeds" in marks["controlled-gpt2"]["aria-label"]
+    said = " ".join(shown(toy, "seeds").get_text().split())
+    assert "2 verdicts are of models" in said and "1 are unstable over seeds." in said
+    assert len(body(shown(toy, "provenance"))) == 6
+
+
+def test_withdrawn_claims_are_listed_with_reasons(toy, monkeypatch):
+    gone = {"chapter": "01", "statement": "It was so.", "metric": "m", "reason": "It <was> not.", "instead": [FIRST.id]}
+    monkeypatch.setattr(pages, "WITHDRAWN", {"gone": gone, "went": gone | {"instead": []}})
+    page = shown(toy, "withdrawn", ["book/claims"])
+    assert [term.get_text() for term in page.find_all("dt")] == ["It was so."] * 2
+    first, second = page.find_all("dd")
+    assert first.find("p").get_text() == "It <was> not." and first.find("a")["href"] == f"book/claims#{FIRST.id}"
+    assert "Nothing takes its place" in second.get_text()
 
 
 def test_the_readme_has_a_row_for_each_chapter_with_a_mark_for_each_claim(toy, monkeypatch):
-    put(toy / "results", "fact-has-neurons", "tiny", monkeypatch)
-    put(toy / "results", "fact-has-neurons", "other", monkeypatch)
+    put(toy / "results", "fact-search", "tiny", monkeypatch)
+    put(toy / "results", "fact-search", "other", monkeypatch)
     _, _, row = pages.claims_table(toy).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    claim = claims.CLAIMS["fact-has-neurons"].statement
+    claim = claims.CLAIMS["fact-search"].statement
     assert cells == ["[Toy](notebooks/01-toy.ipynb)", claim, "0.80 [0.60, 0.90], supported", "✓·"]
-    put(toy / "results", "fact-owns-neuron", "tiny", monkeypatch, code="0" * 16)
+    put(toy / "results", "fact-owner", "tiny", monkeypatch, code="0" * 16)
     assert pages.claims_table(toy).rstrip().endswith("| ✓✓ (stale) |")
 
 

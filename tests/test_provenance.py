@@ -84,8 +84,8 @@ def said(root: Path, page: str) -> dict[str, str]:
 
 
 def test_a_chapter_ends_with_where_it_comes_from(root, monkeypatch):
-    put(root / "results", "fact-has-neurons", "tiny", monkeypatch, date="2026-02-03")
-    put(root / "results", "fact-owns-neuron", "tiny", monkeypatch, date="2026-02-01")
+    put(root / "results", "fact-search", "tiny", monkeypatch, date="2026-02-03")
+    put(root / "results", "fact-owner", "tiny", monkeypatch, date="2026-02-01")
     put(root / "results", "equally-few", "tiny", monkeypatch, date="2020-01-01")
     disk.write(root / "results" / "tiny" / "01.toml", 'seconds = 75\ndate = "2026-02-02"\nthreads = "2"\n')
     told = said(root, "notebooks/01-toy")
@@ -99,14 +99,14 @@ def test_a_chapter_ends_with_where_it_comes_from(root, monkeypatch):
 
 
 def test_a_stale_record_is_called_stale_at_the_end_of_its_page(root, monkeypatch):
-    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
-    put(root / "results", "fact-owns-neuron", "tiny", monkeypatch, code="0" * 16)
+    put(root / "results", "fact-search", "tiny", monkeypatch)
+    put(root / "results", "fact-owner", "tiny", monkeypatch, code="0" * 16)
     assert "1 of them stale: the code has changed since" in said(root, "notebooks/01-toy")["Records"]
 
 
 def test_a_run_on_another_model_ends_with_its_own_origin(root, monkeypatch):
-    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
-    put(root / "results", "fact-has-neurons", "other", monkeypatch, seed=3)
+    put(root / "results", "fact-search", "tiny", monkeypatch)
+    put(root / "results", "fact-search", "other", monkeypatch, seed=3)
     disk.write(root / "results" / "other" / "01.toml", 'seconds = 7\ndate = "2026-02-02"\nthreads = "1"\n')
     told = said(root, "book/runs/other/01-toy")
     assert (
@@ -116,7 +116,7 @@ def test_a_run_on_another_model_ends_with_its_own_origin(root, monkeypatch):
 
 
 def test_a_chapter_without_claims_takes_the_model_from_other_records_and_the_packages_from_its_run(root, monkeypatch):
-    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
+    put(root / "results", "fact-search", "tiny", monkeypatch)
     told = 'seconds = 7\ndate = "2026-02-02"\nthreads = "1"\nkncore = "9.8"\ntorch = "7.6"\n'
     disk.write(root / "results" / "tiny" / "02.toml", told)
     told = said(root, "notebooks/02-more")
@@ -205,8 +205,8 @@ def test_the_citation_file_and_the_pages_cite_alike():
 
 
 def test_the_links_at_the_end_of_a_page_lead_to_the_downloads(root, monkeypatch):
-    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
-    put(root / "results", "fact-has-neurons", "other", monkeypatch)
+    put(root / "results", "fact-search", "tiny", monkeypatch)
+    put(root / "results", "fact-search", "other", monkeypatch)
     site = downloads(root)
     for page in ("notebooks/01-toy", "book/runs/other/01-toy", "notebooks/02-more"):
         links = [link["href"] for link in origin(root, page)["Take away"].find_all("a", download=True)]
@@ -217,8 +217,8 @@ def test_the_links_at_the_end_of_a_page_lead_to_the_downloads(root, monkeypatch)
 
 
 def test_records_are_given_as_json_and_as_csv(root, monkeypatch):
-    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
-    put(root / "results", "fact-has-neurons", "other", monkeypatch, code="0" * 16)
+    put(root / "results", "fact-search", "tiny", monkeypatch)
+    put(root / "results", "fact-search", "other", monkeypatch, code="0" * 16)
     put(root / "results", "equally-few", "tiny", monkeypatch)
     folder = downloads(root) / "records"
     told = json.loads((folder / "01.json").read_text())
@@ -232,7 +232,7 @@ def test_records_are_given_as_json_and_as_csv(root, monkeypatch):
 
 
 def test_an_archive_holds_the_notebook_its_records_the_data_and_the_licence(root, monkeypatch):
-    put(root / "results", "fact-has-neurons", "tiny", monkeypatch)
+    put(root / "results", "fact-search", "tiny", monkeypatch)
     site = downloads(root)
     with zipfile.ZipFile(site / "archives" / "01-toy.zip") as archive:
         names = set(archive.namelist())
@@ -354,5 +354,5 @@ def test_the_weekly_check_tells_what_is_gone_from_what_is_only_refused(tmp_path,
 
 
 def test_text_of_a_source_is_shown_as_it_is(root, monkeypatch):
-    put(root / "results", "fact-has-neurons", "tiny", monkeypatch, source="a_*folder*<b>")
+    put(root / "results", "fact-search", "tiny", monkeypatch, source="a_*folder*<b>")
     assert said(root, "notebooks/01-toy")["Data"] == "a_*folder*<b>"

@@ -17,13 +17,13 @@ from knpaper.stats import Estimate
 
 def test_a_hub_name_gives_one_folder(results):
     put(lm=replace(LM, name="owner/name@abc"))
-    assert files(results) == ["owner--name@abc/fact-has-neurons.json"]
+    assert files(results) == ["owner--name@abc/fact-search.json"]
     assert read_records(results)[0]["model"] == "owner/name@abc"
 
 
 def test_an_endless_interval_is_null_in_the_record_and_open_where_it_is_shown(results):
     assert "Inconclusive" in str(put(estimate=Estimate(0.8, -math.inf, math.inf, 1)))
-    text = (results / "tiny-gpt2" / "fact-has-neurons.json").read_text()
+    text = (results / "tiny-gpt2" / "fact-search.json").read_text()
     told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (told["low"], told["high"], told["verdict"]) == (None, None, "inconclusive")
     assert effect(read_records(results)[0]) == "0.80 [?, ?]"
@@ -44,7 +44,7 @@ def test_an_endless_interval_is_null_in_the_record_and_open_where_it_is_shown(re
 )
 def test_a_spoiled_record_is_named(spoil, results):
     put()
-    path = results / "tiny-gpt2" / "fact-has-neurons.json"
+    path = results / "tiny-gpt2" / "fact-search.json"
     path.write_text(spoil(json.loads(path.read_text())))
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a record of a declared claim.*make notebooks"):
         read_records(results)
@@ -53,7 +53,7 @@ def test_a_spoiled_record_is_named(spoil, results):
 def test_a_record_in_the_place_of_another_is_named(results):
     put()
     shutil.copytree(results / "tiny-gpt2", results / "other")
-    with pytest.raises(ValueError, match="its place is tiny-gpt2/fact-has-neurons.json"):
+    with pytest.raises(ValueError, match="its place is tiny-gpt2/fact-search.json"):
         read_records(results)
 
 
@@ -69,17 +69,17 @@ def test_the_date_is_the_day_of_the_record_whatever_the_epoch_of_the_build(resul
 
 def test_new_records_take_the_dates_of_earlier_ones_that_say_the_same(results, tmp_path, monkeypatch):
     on(monkeypatch, "2026-01-01")
-    for claim in ("fact-has-neurons", "fact-owns-neuron", "equally-few"):
+    for claim in ("fact-search", "fact-owner", "equally-few"):
         put(claim)
     earlier = tmp_path / "earlier"
     results.rename(earlier)
     on(monkeypatch, "2026-02-02")
-    put("fact-has-neurons")
-    put("fact-owns-neuron", CLEAR._replace(n=41))
+    put("fact-search")
+    put("fact-owner", CLEAR._replace(n=41))
     put("same-blocks")
     keep_dates(results, earlier)
     dates = {told["claim"]: told["date"] for told in read_records(results)}
-    assert dates == {"fact-has-neurons": "2026-01-01", "fact-owns-neuron": "2026-02-02", "same-blocks": "2026-02-02"}
+    assert dates == {"fact-search": "2026-01-01", "fact-owner": "2026-02-02", "same-blocks": "2026-02-02"}
     assert not any(map(stale, read_records(results)))
 
 

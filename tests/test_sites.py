@@ -58,3 +58,20 @@ def test_collect_traces_and_leaves_out_what_loses_little():
     assert rows.end.tolist() == [encode(lm, query).position for query in queries]
     fewer = sites.collect(lm, queries, [Restore()], least=min(lost), **options)
     assert fewer["item"].tolist() == [queries[lost.index(max(lost))].item] and fewer.index.tolist() == [0]
+
+
+def test_means_and_advantages_of_no_prompts_say_nothing():
+    nothing = written()[:0]
+    values = sites.advantage(nothing, 0, 1, "subject", range(3))
+    assert len(values) == 0
+    assert tuple(sites.mean(values, nothing.item)) == (0.0, -float("inf"), float("inf"), 0)
+    some = sites.advantage(written(), 0, 1, "subject", range(3))
+    assert sites.mean(some, written().item).value == 0.375
+
+
+@pytest.mark.parametrize(
+    "task, kind",
+    [("capital", "facts"), ("subject_verb", "agreement"), ("subject_verb_distractor", "distractor")],
+)
+def test_kinds_part_sentences_with_a_distractor_from_others(task, kind):
+    assert sites.kind_of(task) == kind

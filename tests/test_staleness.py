@@ -68,15 +68,15 @@ def test_a_record_of_another_state_of_the_package_is_stale(change, reason, resul
 
 def test_a_claim_that_changed_makes_its_records_stale(results, monkeypatch):
     put()
-    put("fact-owns-neuron")
-    monkeypatch.setitem(CLAIMS, "fact-has-neurons", replace(CLAIMS["fact-has-neurons"], threshold=0.7))
+    put("fact-owner")
+    monkeypatch.setitem(CLAIMS, "fact-search", replace(CLAIMS["fact-search"], threshold=0.7))
     reasons = ["the rule has changed since", "the rule now gives another verdict"]
     assert [stale(told) for told in read_records(results)] == [reasons, []]
 
 
 def test_a_record_of_other_code_is_stale(results, monkeypatch):
     put()
-    monkeypatch.setattr(stats, "share", lambda *x: None)
+    monkeypatch.setattr(stats, "difference", lambda *x, **y: None)
     assert list(map(stale, read_records(results))) == [["the code has changed since"]]
     put()
     assert list(map(stale, read_records(results))) == [[]]
@@ -95,8 +95,8 @@ CELLS = (
     "from kncore import claims, figures, stats",
     "shown = stats.share([True] * 40)",
     "figures.table([])",
-    "claims.record('fact-has-neurons', lm, shown, seed=seed, source=source, n=n)",
-    "claims.record('fact-owns-neuron', lm, stats.mean([1, 2]), seed=seed, source=source, n=n)",
+    "claims.record('fact-search', lm, shown, seed=seed, source=source, n=n)",
+    "claims.record('fact-owner', lm, stats.mean([1, 2]), seed=seed, source=source, n=n)",
 )
 
 
@@ -105,7 +105,7 @@ def test_a_record_carries_the_closure_of_its_notebook_up_to_its_cell(results, tm
     path = checkout(tmp_path / "book", *CELLS)
     monkeypatch.chdir(path.parent.parent)
     put(n=7)
-    put("fact-owns-neuron", n=7)
+    put("fact-owner", n=7)
 
     def after(*cells):
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
@@ -136,11 +136,10 @@ def test_a_shell_that_has_run_nothing_is_no_notebook(results, monkeypatch):
 @pytest.mark.kind("identity")
 def test_a_record_with_other_settings_than_its_chapter_has_is_stale(results, tmp_path, monkeypatch):
     monkeypatch.chdir(checkout(tmp_path / "book", *CELLS).parent.parent)
-    record("fact-has-neurons", LM, CLEAR, seed=1, source="public", n=5)
+    record("fact-search", LM, CLEAR, seed=1, source="own", n=5)
     assert sorted(stale(read_records(results)[0])) == [
         "recorded with n = 5, it is 7 now",
         "recorded with seed = 1, it is 0 now",
-        "recorded with source = public, it is own now",
     ]
 
 

@@ -59,6 +59,7 @@ def test_public_capitals_and_scholars_are_those_of_pararel(monkeypatch, knows):
 
     monkeypatch.setattr(cases, "public_cases", public_cases)
     assert stimuli.capitals(LM, 4, 2, "public") is drawn and stimuli.capitals(LM, 4, 2, "folder") is drawn
+    assert stimuli.rewrites(LM, 4, 2, "folder") is drawn and asked.pop() == ("counterfact", "folder", 4, 2)
     assert asked == [("P36", None, 4, 2), ("P36", "folder", 4, 2)]
     persons = replace(cases.work(), pairs=cases.work().pairs[:20])
     monkeypatch.setattr(cases, "work", lambda public, path: {(True, "folder"): persons}[public, path])

@@ -8,7 +8,7 @@ import torch
 
 from kncore import predictions
 from kncore.ablation import measure
-from kncore.interventions import suppress
+from kncore.interventions import enhance, suppress
 from knpaper import stats, suppression
 
 
@@ -215,3 +215,38 @@ def test_compare_replays_conditions_as_the_whole_model_runs(held_groups):
     for group in conditions.values():
         for p in group.prompts:
             assert own.loss[p] == pytest.approx(loss(held, p, group.neurons), abs=1e-4)
+
+
+def test_unspecific_damage_costs_an_answer_about_as_much_as_its_own_neurons(held_groups):
+    held, facts, _ = held_groups
+    own = suppression.own_edits(suppression.compare(held, facts, 1, neighbours=True))
+    damaged = suppression.unspecific(held, facts, own)
+    assert sorted(damaged.index) == sorted(own.index)
+    fact = facts[0]
+    want = own[own.item == fact.name].loss.mean()
+    sizes = fact.sizes.clone()
+    sizes[0] = 0  # block 0 is left alone
+    order = [divmod(i, sizes.shape[1]) for i in sizes.flatten().argsort(descending=True).tolist()]
+    order = [at for at in order if at[0]]
+    means = [np.mean([loss(held, p, order[:k]) for p in fact.prompts]) for k in suppression.DAMAGE if k <= len(order)]
+    nearest = min(means, key=lambda mean: abs(mean - want))
+    assert damaged[damaged.item == fact.name].loss.mean() == pytest.approx(nearest, abs=1e-4)
+
+
+def test_enhanced_neurons_are_the_facts_own_and_another_facts(held_groups):
+    held, facts, _ = held_groups
+    table = suppression.enhanced(held, facts, 3.0).set_index(["prompt", "label"])
+    p, query = facts[1].prompts[0], held.queries[facts[1].prompts[0]]
+    before = asking.log_probabilities(query)[asking.token(query.target)]
+    for label, some in ((suppression.OWN, facts[1].neurons), (suppression.ANOTHER, None)):
+        some = some or facts[0].ranked(len(facts[1].neurons))
+        with enhance(asking.LM, some, 3.0):
+            after = asking.log_probabilities(query)[asking.token(query.target)]
+        assert table.loss[p, label] == pytest.approx(float(before - after), abs=1e-4)
+
+
+def test_a_condition_counts_once_however_many_sentences_it_has():
+    edits = pd.DataFrame({"task": ["a", "a", "a", "b"], "value": ["x", "x", "y", "x"]})
+    found = suppression.by_condition(pd.Series([1.0, 0.0, 1.0, 0.0]), edits)
+    assert (found.value, found.n) == (0.5, 3)
+    assert found.sample.groups[0].tolist() == [0.5, 1.0, 0.0]

@@ -1,4 +1,5 @@
-// A link to a term of the glossary shows its definition (TERMS, by anchor) while pointer or keyboard rest on it.
+// A link to a term of the glossary shows its definition (TERMS, by anchor), and the mark of a verdict its words, while
+// pointer or keyboard rest on it.
 document.addEventListener("DOMContentLoaded", () => {
   const hint = document.createElement("div");
   hint.id = "term-hint";
@@ -24,10 +25,11 @@ document.addEventListener("DOMContentLoaded", () => {
     const below = box.bottom + hint.offsetHeight + 8 < innerHeight;
     hint.style.top = `${(below ? box.bottom + 4 : box.top - hint.offsetHeight - 4) + scrollY}px`;
   };
-  for (const link of document.querySelectorAll('a[href*="#term-"]')) {
-    const text = TERMS[decodeURIComponent(link.hash.slice(1))];
+  for (const link of document.querySelectorAll('a[href*="#term-"], .mark[aria-label]')) {
+    const isMark = link.classList.contains("mark");
+    const text = isMark ? link.getAttribute("aria-label") : TERMS[decodeURIComponent(link.hash.slice(1))];
     if (!text || link.classList.contains("headerlink")) continue;
-    link.classList.add("term");
+    if (!isMark) link.classList.add("term");
     link.addEventListener("mouseenter", () => show(link, text));
     link.addEventListener("focus", () => show(link, text));
     link.addEventListener("mouseleave", later);

@@ -241,25 +241,21 @@
   }
 
   function claims(form) {
-    const table = document.querySelector("table.matrix"), shown = document.getElementById("claims-shown");
-    const heads = [...table.tHead.rows[0].cells], rows = [...table.tBodies[0].rows];
-    const fields = form.elements;
+    const shown = document.getElementById("claims-shown"), fields = form.elements;
+    const claims = [...document.querySelectorAll("table.matrix > tbody")]; // the first row of each is the claim
     function filter() {
       const words = fields.text.value.toLowerCase().split(/\s+/).filter(Boolean);
-      const column = heads.findIndex(head => head.textContent.trim() === fields.model.value);
-      const visible = cell => column < 0 || cell.cellIndex === 0 || cell.cellIndex === column;
+      const classes = [fields.verdict.value, fields["speaks-for"].value].filter(Boolean), model = fields.model.value;
       let left = 0;
-      for (const row of rows) {
-        const cells = [...row.cells], said = cells[0].textContent.toLowerCase();
-        for (const cell of cells) cell.hidden = !visible(cell);
-        const verdicts = cells.slice(1).filter(visible).map(cell => cell.querySelector("span")?.classList);
-        row.hidden = !(words.every(word => said.includes(word))
-          && (!fields.chapter.value || new RegExp(`\\bchapter ${fields.chapter.value}\\b`).test(said))
-          && (!fields.verdict.value || verdicts.some(one => one?.contains(fields.verdict.value))));
-        left += !row.hidden;
+      for (const claim of claims) {
+        const [head, ...rows] = claim.rows, said = head.textContent.toLowerCase();
+        for (const row of rows) row.hidden = !(classes.every(name => row.classList.contains(name))
+          && (!model || row.dataset.model.split("|").includes(model)));
+        claim.hidden = !(words.every(word => said.includes(word)) && rows.some(row => !row.hidden)
+          && (!fields.chapter.value || claim.dataset.chapter === fields.chapter.value));
+        left += !claim.hidden;
       }
-      for (const head of heads) head.hidden = !visible(head);
-      shown.textContent = `${left} of ${rows.length} claims`;
+      shown.textContent = `${left} of ${claims.length} claims and checks`;
     }
     form.addEventListener("input", filter);
     form.addEventListener("submit", event => event.preventDefault());
@@ -267,8 +263,34 @@
     filter();
   }
 
+  // The marks of a table are one stop of the Tab key; arrows move between them.
+  function marks(table) {
+    const links = [...table.querySelectorAll("a.mark")];
+    const inCell = (row, column) => [...row.cells[column]?.querySelectorAll("a.mark") ?? []];
+    links.forEach((link, i) => { link.tabIndex = i ? -1 : 0; });
+    table.addEventListener("keydown", event => {
+      const from = links.indexOf(event.target), across = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      const down = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
+      if (from < 0 || !(across || down)) return;
+      let next = links[from + across];
+      if (down) {
+        const column = event.target.closest("td").cellIndex;
+        let row = event.target.closest("tr");
+        const at = inCell(row, column).indexOf(event.target);
+        do row = row[down]; while (row && !inCell(row, column).length);
+        if (row) next = inCell(row, column).at(at) ?? inCell(row, column).at(-1);
+      }
+      event.preventDefault();
+      if (!next) return;
+      event.target.tabIndex = -1;
+      next.tabIndex = 0;
+      next.focus();
+    });
+  }
+
   document.addEventListener("DOMContentLoaded", () => {
     document.querySelectorAll("div.look").forEach(look);
+    document.querySelectorAll("table.marks").forEach(marks);
     document.querySelectorAll("#claims-filter").forEach(claims);
   });
 })();

@@ -22,6 +22,7 @@ from kncore.store import disk
 from knpaper import resources
 
 PUNCTUATION = ".,;:!?"
+SETS = ("pararel", "blimp", "counterfact")  # what chapters ask
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,40 @@ def find(source: Source, path: str | Path | None) -> Path:
     """Return the path of a file: the given one, in the given folder, or fetched."""
     if path is None:
         return fetch(source)
-    path = Path(path)
-    places = [path / source.file, path / Path(source.file).name] if path.is_dir() else [path]
+    places = _places(source, Path(path))
     for place in places:
         if place.is_file():
             return place
     raise FileNotFoundError(f"no such file: {' or '.join(map(str, places))}. Pass the file or the folder it lies in.")
+
+
+def _places(source: Source, path: Path) -> list[Path]:
+    return [path / source.file, path / Path(source.file).name] if path.is_dir() else [path]
+
+
+def holds(source: Source, path: str | Path) -> bool:
+    """Return whether a folder holds a file, pinned or not; of a file, whether it is there."""
+    return any(place.is_file() for place in _places(source, Path(path)))
+
+
+def named(source: str) -> str:
+    """Return what records call the data that chapters take as `source`: "own", "public", or a folder by its content.
+
+    What is no folder ("corpus") is a name. A folder is "public" where it holds files of `SETS`, all of them the pinned
+    ones, and else "folder@<digits>" with digits of what it holds: no record names the place of a folder.
+    """
+    if source in ("own", "public", "corpus") or not Path(source).exists():
+        return source
+    pinned = [each for name in SETS for each in _pinned(name)]
+    found = [(disk.digest(place), each) for each in pinned for place in _places(each, Path(source)) if place.is_file()]
+    if found and all(digest == each.sha256 for digest, each in found):
+        return "public"
+    return f"folder@{resources.digest([(each.file, digest) for digest, each in found])[:8]}"
+
+
+def _pinned(name: str) -> list[Source]:
+    hashes = table()[name]["sha256"]
+    return [source(name, paradigm) for paradigm in hashes] if isinstance(hashes, dict) else [source(name)]
 
 
 def _text(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from os.path import commonprefix
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,18 @@ from kncore.checks import unknown
 from kncore.query import MASK, Query
 from knpaper.datasets import files
 from knpaper.datasets.files import PUNCTUATION
+
+
+@functools.lru_cache(maxsize=1)
+def _data(file: Path, changed: int) -> dict:
+    """Return what the file holds, which was last `changed` then: reading takes a second, and relations are many."""
+    return files.read_json(file, dict)
+
+
+def relations(path: str | Path | None = None) -> list[str]:
+    """Return the names of the relations that a file of ParaRel holds; `path` and errors as in `read`."""
+    file = files.find(files.source("pararel"), path)
+    return list(_data(file, file.stat().st_mtime_ns))
 
 
 def read(relation: str, path: str | Path | None = None, form: Literal["masked", "causal"] = "masked") -> list[Query]:
@@ -27,7 +40,7 @@ def read(relation: str, path: str | Path | None = None, form: Literal["masked", 
     if form not in ("causal", "masked"):
         raise unknown("form", form, ("causal", "masked"))
     file = files.find(files.source("pararel"), path)
-    data = files.read_json(file, dict)
+    data = _data(file, file.stat().st_mtime_ns)
     if relation not in data:
         raise unknown("ParaRel relation", relation, data, f"Read from {file}.")
     bags = data[relation]
