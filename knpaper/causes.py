@@ -281,7 +281,8 @@ def claim_values(
 ) -> dict[str, Estimate | None]:
     """Return what each claim of chapter 9 measures, with its interval over items, of a `model` or of all together.
 
-    `lost` is of `losses` and `edits` are of `rewritten`, by relation. None where too few edits took, and where suppression takes too little to follow anything.
+    `lost` is of `losses` and `edits` are of `rewritten`, by relation. None where too few edits took, and where
+    suppression takes too little to follow anything.
     """
     if model:
         lost = lost[lost.model == model]

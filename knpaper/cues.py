@@ -126,12 +126,12 @@ def losses_after_determiners(
     `random` the mean under `draws` sets of neurons of the same blocks that are as active, and `beyond` the first minus
     the second; with `margin_before` means over the beginnings of the sentence, in nats. `association` is that of
     determiner and noun in bits, nan where the pair is not in the table. Nouns of which a form has several tokens are
-    left out, and of more than `MOST` every second, or third, … is taken.
+    left out; where more than `MOST` are left, those in the table beside a determiner and some of the others are taken.
     """
     nouns = nouns[nouns.kind != "invented"]
     first = [noun_query(lm, noun, "these", OPENERS[0]) for noun in nouns.itertuples()]
     nouns = nouns[[_of_one_token(lm, query) for query in first]]
-    nouns = nouns.iloc[:: -(-len(nouns) // MOST)]
+    nouns = _fewer(nouns, counts)
     frames = itertools.product(nouns.itertuples(), DETERMINERS, OPENERS)
     held = ablation.capture_prompts(lm, [noun_query(lm, *frame) for frame in frames])
     prompts = range(len(held.queries))
@@ -153,6 +153,14 @@ def losses_after_determiners(
         irregular=(lost.kind == "irregular").astype(float),
         those=(lost.determiner == "those").astype(float),
     )
+
+
+def _fewer(nouns: pd.DataFrame, counts: Counts) -> pd.DataFrame:
+    """Return the nouns that tell of association, and every second, or third, … of the others: about `MOST` in all."""
+    paired = [any(pd.notna(counts.association(each, plural)) for each in DETERMINERS) for plural in nouns.plural]
+    others = np.cumsum(~np.array(paired, dtype=bool))
+    step = max(1, -(-int(others[-1]) // max(1, MOST - sum(paired)))) if len(nouns) > MOST else 1
+    return nouns[np.array(paired, dtype=bool) | (others % step == 0)]
 
 
 def _of_one_token(lm: LM, query: Query) -> bool:

@@ -127,16 +127,16 @@ def curves(table: pd.DataFrame, labels: Sequence[str]) -> dict[str, dict[int, Es
 
 
 def falls(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the facts that fall, by place: at which `dose` first, and whether at some dose they fall alone.
+    """Return the facts by place: at which `dose` each falls first, nan where at none, and whether it falls alone.
 
-    A fact falls where fewer than half of its prompts stay right. It falls `alone` where the unrelated fact beside it
-    stays right, and `in_company` where at least three of four prompts of its neighbours do. `table` is of `of_facts`.
+    A fact falls where fewer than half of its prompts stay right. It falls `alone` at a dose at which the unrelated fact
+    beside it stays right, and `in_company` at one at which three of four prompts of its neighbours do. `table` is of
+    `of_facts`.
     """
     fallen = table[table.label == FACT].groupby(["unit", "dose"]).prefers_after.mean() < 0.5
     stands = table.groupby(["label", "unit", "dose"]).prefers_after.mean() >= 0.75
-    first = fallen[fallen].reset_index().groupby("unit").dose.min()
-    found = {"dose": first}
+    found = {"dose": fallen[fallen].reset_index().groupby("unit").dose.min()}
     for name, label in (("alone", UNRELATED), ("in_company", NEIGHBOUR)):
         beside = stands[label].reindex(fallen.index, fill_value=False) if label in stands else fallen & False
-        found[name] = (fallen & beside).groupby("unit").any()[first.index]
+        found[name] = (fallen & beside).groupby("unit").any()
     return pd.DataFrame(found)

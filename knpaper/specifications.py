@@ -33,6 +33,9 @@ def agreement(rows: pd.DataFrame) -> list[dict]:
     `opposite` have the opposite verdict; `turns` is the choice under which the fewest agree, with their share.
     """
     found = []
+    rows = rows.sort_values(
+        "model", key=lambda names: names.map({name: i for i, name in enumerate(MODELS)}), kind="stable"
+    )
     for (claim, model), part in rows.groupby(["claim", "model"], sort=False):
         book = part[
             [all(pd.isna(row[f]) or row[f] == value for f, value in BOOK.items()) for _, row in part.iterrows()]

@@ -287,7 +287,8 @@ def test_a_scholar_moves_to_a_field_whose_occupation_does_not_look_like_it(seed)
     truth, rows = dict(table("scholars")), {field: (right, decoy) for field, right, decoy in table("unlike")}
     called = {field: [usual, *filter(None, further.split("|"))] for field, usual, further in table("synonyms")}
     found = cases.moved(cases.unlike(), 32, seed)
-    check_common(found)
+    others = [name for name in cases.CRITERIA if name != "occupations"]  # these ask several words of a prompt
+    check_common([cases.shorten(case, dict.fromkeys(others)) for case in found])
     assert len({case.request.foil for case in found}) == 32
     for case in found:
         old, (right, decoy) = called[truth[case.request.subject]], rows[case.request.foil]

@@ -376,7 +376,7 @@ def test_what_an_edit_gains_worked_out_by_hand():
     table = TOLD.assign(item=[f"item {case}" for case in TOLD["case"]])
     found = criteria.item_gains(table)
     assert found.index.tolist() == ["item 0", "item 1"]  # the edit of item 2 failed
-    assert found["reliability"].tolist() == [3.0, 0.5] and found["generality"].tolist() == [0.0, 3.0]
+    assert found["reliability"].tolist() == [3.0, 0.5] and found["generality"].tolist() == [0.5, 3.0]
     assert found["locality"].tolist() == [-2.0, 5.0] and found["symmetry_old"].isna().all()
     said = criteria.item_changes(table, "generality")
     assert said.to_dict() == {"item 0": 0, "item 1": 1}

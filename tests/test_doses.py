@@ -89,8 +89,9 @@ def test_curves_are_shares_at_each_dose_over_units():
 
 def test_falls_says_at_which_dose_and_whether_alone():
     found = doses.falls(TABLE)
-    assert found.dose.to_dict() == {0: 5, 3: 1}  # half of the prompts is not fewer than half
-    assert found.alone.to_dict() == {0: False, 3: True}
+    assert found.dose.dropna().to_dict() == {0: 5, 3: 1}  # half of the prompts is not fewer than half
+    assert found.alone[found.dose.notna()].to_dict() == {0: False, 3: True}
+    assert not found[found.dose.isna()].alone.any()  # a fact that never falls does not fall alone
 
 
 def test_a_fact_falls_in_company_where_three_of_four_neighbours_stand():

@@ -105,10 +105,10 @@ def holds(source: Source, path: str | Path) -> bool:
 def named(source: str) -> str:
     """Return what records call the data that chapters take as `source`: "own", "public", or a folder by its content.
 
-    A folder is "public" where it holds files of `SETS`, all of them the pinned ones, and else "folder@<digits>" with
-    digits of what it holds: no record names the place of a folder.
+    What is no folder ("corpus") is a name. A folder is "public" where it holds files of `SETS`, all of them the pinned
+    ones, and else "folder@<digits>" with digits of what it holds: no record names the place of a folder.
     """
-    if source in ("own", "public"):
+    if source in ("own", "public", "corpus") or not Path(source).exists():
         return source
     pinned = [each for name in SETS for each in _pinned(name)]
     found = [(disk.digest(place), each) for each in pinned for place in _places(each, Path(source)) if place.is_file()]
