@@ -197,9 +197,9 @@ def scatter(
             ax.plot(part[column], part[up], "o", ms=3, alpha=0.45, mew=0, color=colour, label=_label(kind))
         for kind, colour in {"": "black"}.items() if pooled else colours.items():
             part = table if pooled else table[table[by] == kind]
-            settings = {"scatter": False, "line_kws": {"lw": 1.4}, "color": colour, "n_boot": 1000, "seed": seed}
+            settings = {"scatter": False, "line_kws": {"lw": 1.4, "color": colour}, "n_boot": 1000, "seed": seed}
             if pooled or part[column].nunique() > 1:
-                sns.regplot(part, x=column, y=up, ax=ax, **settings)
+                sns.regplot(part, x=column, y=up, ax=ax, color=None if pooled else colour, **settings)
         ax.set(xlabel=label, ylabel="")
         ax.grid(axis="y", lw=0.4)
     axes[0, 0].set_ylabel(ylabel)
