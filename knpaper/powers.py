@@ -364,6 +364,7 @@ def claimed(table: pd.DataFrame, claim: str, models: Sequence[str]) -> Estimate:
 
 
 def main() -> None:
+    """Run the command of this module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the table, which is gone on with")
     parser.add_argument("--models", default=",".join(MODELS), help="names, with commas")

@@ -90,6 +90,7 @@ def add(folder: Path, n: int = 40, every: int = 2, seed: int = 0) -> str:
 
 
 def main() -> None:
+    """Run the command of this module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="trained models, e.g. controlled-gpt2-3")
     for folder in parser.parse_args().folders:
