@@ -32,6 +32,7 @@ from kncore.query import Query
 from kncore.store import disk, fingerprint
 from knpaper import corpus, planted, stats, tasks
 from knpaper.planted import Planting
+from knpaper.records import results_folder
 from knpaper.stats import Estimate
 
 MODELS = ("controlled-gpt2", "controlled-gpt2-1", "controlled-gpt2-2", "controlled-llama", "controlled-bert")
@@ -41,6 +42,7 @@ BLOCKS = {"gpt2": 2, "llama": 2, "bert": 3}  # the first in which a key tells th
 N, WORDS, SENTENCES = 24, 20, 400
 COPIES = (1, 2, 4, 5, 6, 10, 20, 50)
 LARGE = 0.5  # of the answer's probability: what one neuron must carry by the second rule
+TABLE = "planted.tsv"
 COLUMNS = "model revision seed share measure value low high n units code".split()
 
 CLAIMED = {  # the measures of claims, wholly planted
@@ -286,6 +288,13 @@ def read(path: str | Path) -> pd.DataFrame:
     """Return a table that was stored; an empty one where there is none."""
     path = Path(path)
     return pd.read_csv(path, sep="\t", dtype={"units": str}) if path.exists() else pd.DataFrame(columns=COLUMNS)
+
+
+def table_file() -> Path:
+    """Return where the stored table lies: among the records, or else in the checkout of this package (a run with other
+    parameters has records of its own)."""
+    checkout = Path(__file__).resolve().parent.parent / "results"
+    return next((f / TABLE for f in (results_folder(), checkout) if (f / TABLE).is_file()), checkout / TABLE)
 
 
 def by_fact(table: pd.DataFrame, measure: str, share: float, models: Sequence[str]) -> np.ndarray:

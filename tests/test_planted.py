@@ -12,7 +12,6 @@ from kncore.neurons import Neuron
 from kncore.query import Query
 from kncore.replay import record
 from knpaper import planted, powers
-from knpaper.records import results_folder
 
 FACTS = [
     [Query(f"{start} {nation} is", city, nation) for start in ("the capital of", "a capital in")]
@@ -222,7 +221,7 @@ def test_silencing_is_that_of_the_whole_model(learnt):
 
 
 def test_the_stored_table_says_of_each_measure_what_its_units_say():
-    table = powers.read(results_folder() / "planted.tsv")
+    table = powers.read(powers.table_file())
     assert list(table.columns) == powers.COLUMNS
     assert len(table) > 100
     assert not table.duplicated(["model", "seed", "share", "measure"]).any()
