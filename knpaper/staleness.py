@@ -75,6 +75,7 @@ def stale(record: Mapping) -> list[str]:
         **{f"the {part} has changed since": record[part] != getattr(claim, part) for part in PARTS},
         f"the claim is of chapter {claim.chapter} now": record["chapter"] != claim.chapter,
         "the rule now gives another verdict": record["verdict"] != claim.verdict(estimate_of(record)),
+        "its verdict speaks for another side now": record["side"] != claim.side(record["verdict"]),
     }
     for name in ("kncore", *DECIDING):
         recorded, now = record["versions"].get(name), package_version(name)
