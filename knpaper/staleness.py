@@ -70,12 +70,13 @@ def stale(record: Mapping) -> list[str]:
     if not EARLIER.keys() <= record.keys():
         return ["recorded by an earlier kncore, which did not say all that is known of a record now"]
     claim, notebook = CLAIMS[record["claim"]], find_notebook(record["chapter"])
+    verdict = claim.verdict(estimate_of(record))
     found = {
         "the code has changed since": record["code"] != code(claim, record["family"], notebook),
         **{f"the {part} has changed since": record[part] != getattr(claim, part) for part in PARTS},
         f"the claim is of chapter {claim.chapter} now": record["chapter"] != claim.chapter,
-        "the rule now gives another verdict": record["verdict"] != claim.verdict(estimate_of(record)),
-        "its verdict speaks for another side now": record["side"] != claim.side(record["verdict"]),
+        "the rule now gives another verdict": record["verdict"] != verdict,
+        "its verdict speaks for another side now": record["verdict"] == verdict and record["side"] != claim.side(verdict),
     }
     for name in ("kncore", *DECIDING):
         recorded, now = record["versions"].get(name), package_version(name)
