@@ -76,7 +76,7 @@ def stale(record: Mapping) -> list[str]:
         **{f"the {part} has changed since": record[part] != getattr(claim, part) for part in PARTS},
         f"the claim is of chapter {claim.chapter} now": record["chapter"] != claim.chapter,
         "the rule now gives another verdict": record["verdict"] != verdict,
-        "its verdict speaks for another side now": record["verdict"] == verdict and record["side"] != claim.side(verdict),
+        "it speaks for another side now": record["verdict"] == verdict and record["side"] != claim.side(verdict),
     }
     for name in ("kncore", *DECIDING):
         recorded, now = record["versions"].get(name), package_version(name)
