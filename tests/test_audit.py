@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,3 +95,9 @@ def test_a_record_keeps_its_units_and_its_power(results):
     assert record["units"]["values"][0] == pytest.approx(np.linspace(0.1, 0.9, 40).tolist(), rel=1e-5)
     claim = rules.CLAIMS[record["claim"]]
     assert record["power"] == claims.power(claim, estimate) or claim.missing
+
+
+def test_the_audit_of_the_stored_records_finds_no_fault():
+    records = read_records(Path(__file__).resolve().parent.parent / "results")
+    rows = audit.audit(records)
+    assert len(records) > 200 and {row.claim: row.faults for row in rows.itertuples() if row.faults} == {}
