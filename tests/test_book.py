@@ -175,7 +175,7 @@ def size(path: Path, page: BeautifulSoup) -> int:
 def test_no_page_is_larger_than_it_should_be(pages):
     sizes = {path.relative_to(HTML).as_posix(): size(path, page) for path, page in pages.items()}
     assert max(sizes.values()) > 100_000, "the pictures were not counted"
-    assert not {name: n for name, n in sizes.items() if n > 1_500_000}
+    assert not {name: n for name, n in sizes.items() if n > 2_000_000}
 
 
 def looked_into(page: BeautifulSoup) -> list[tuple[str, dict]]:
