@@ -41,14 +41,17 @@ def _of_record(claim: Claim, record: Mapping, faults: Sequence[str]) -> dict[str
     estimate = estimate_of(record)
     row: dict[str, object] = {"n": estimate.n}
     if not (found := claims.power(claim, estimate)):
-        if estimate.n < 2:
-            return row | {"faults": faults, "notes": ["fewer than two units, so its power is not known"]}
+        if estimate.sample or estimate.n < 2:
+            return row | {"faults": faults, "notes": ["one unit, or units that are all alike: its power is not known"]}
         return row | {"faults": [*faults, "no units are recorded"], "notes": []}
     (alarms, refuted), (reached, _) = found["null"], found["expected"]
+    at_border = found["threshold"][0]
     row |= {"supported if null": alarms, "supported if expected": reached, "contradicted if null": refuted}
     wrong = [f"{alarms:.0%} false alarms"] if alarms > ALARMS else []
     few = estimate.n < claim.min_n
     notes = [f"fewer than {claim.min_n} {claim.units}, so always inconclusive"] if few else []
+    if at_border > ALARMS:
+        notes.append(f"at the border itself {at_border:.0%} of repeats would support it, and not 2.5 %")
     if not few and reached < POWER:
         notes.append(f"would miss an effect of {claim.expected:g} in {1 - reached:.0%} of repeats")
     if not few and refuted < POWER:
@@ -61,7 +64,8 @@ def multiplicity(records: Sequence[Mapping]) -> dict[str, float]:
 
     `by chance` is how many of that many verdicts would be decided wrongly, on either side, if every true value lay at
     its threshold (5 % of them). `surviving` are the decided ones that stay below 0.05 in Holm's correction over all
-    decided verdicts; their p values are of a normal distribution as wide as the interval, against the threshold.
+    decided verdicts; their p values are of a normal distribution as wide as the interval, against the threshold, or of
+    a sign test where n units that are all alike leave the interval without width: 2^(1 − n).
     """
     judged = [record for record in records if not CLAIMS[record["claim"]].check]
     return {
@@ -87,4 +91,4 @@ def _p_value(claim: Claim, estimate: Estimate) -> float:
         return 1.0
     error = (estimate.high - estimate.low) / (2 * norm.ppf(0.975))
     gap = min(abs(estimate.value - border) for border in borders)
-    return float(2 * norm.sf(gap / error)) if error else 0.0
+    return float(2 * norm.sf(gap / error)) if error else 2.0 ** (1 - estimate.n)

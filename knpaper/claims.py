@@ -22,6 +22,8 @@ from knpaper.staleness import code
 from knpaper.stats import Estimate, Sample, repeats
 from knpaper.stored import visible
 
+UNKNOWN = "not known: fewer than two units, or units that are all alike"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -55,7 +57,7 @@ class Verdict:
             "effect": f"{estimate.value:.2f}",
             "95 % interval": str(estimate).partition(" ")[2].rpartition(",")[0],
             "smallest effect that matters": f"{claim.border}" + (f", {claim.smallest}" if claim.smallest else ""),
-            "power": power_in_words(claim, power(claim, estimate)),
+            "power": power_in_words(claim, power(claim, estimate)) or (UNKNOWN if estimate.sample else ""),
             "speaks for": "nobody: it checks that the intervention took" if claim.check else self.side,
             "rule chosen": claim.when,
         }
@@ -90,13 +92,17 @@ def power(claim: Claim, estimate: Estimate, seed: int = 0) -> dict[str, list[flo
     """Return how often repeats of a study would be judged `supported` and `contradicted`, by what is true.
 
     Shares of 400 simulated repeats (`stats.repeats`), where the truth is the `null`, the `threshold` or what is
-    `expected`. Empty where the units are not known, or the claim does not say what is true.
+    `expected`. Empty where the units are not known, or the claim does not say what is true; and where all units are
+    alike, for they tell nothing of how others would spread (a share apart, whose spread follows from its value).
     """
-    if estimate.sample is None or None in (claim.null, claim.expected):
+    sample = estimate.sample
+    if sample is None or None in (claim.null, claim.expected):
+        return {}
+    if sample.kind != "share" and not any(map(np.ptp, sample.groups)):
         return {}
     found = {}
     for name in ("null", "threshold", "expected"):
-        studies = repeats(estimate.sample, getattr(claim, name), seed=seed)
+        studies = repeats(sample, getattr(claim, name), seed=seed)
         verdicts = [claim.verdict(study._replace(n=min(study.n, estimate.n))) for study in studies]
         if verdicts:
             found[name] = [verdicts.count(word) / len(verdicts) for word in VERDICTS[:2]]

@@ -30,7 +30,7 @@ from kncore.models import LM
 from kncore.neurons import Neuron
 from kncore.query import Query
 from kncore.store import disk, fingerprint
-from knpaper import corpus, planted, stats, tasks
+from knpaper import corpus, likeness, planted, stats, tasks
 from knpaper.planted import Planting
 from knpaper.records import results_folder
 from knpaper.stats import Estimate
@@ -92,12 +92,6 @@ def planting(lm: LM, n: int = N, steps: int = 80, seed: int = 0) -> Planting:
 # --------------------------------------------------------------------------------------------------- the search
 
 
-def groups(n: int, templates: int) -> list[list[int]]:
-    """Return for each of n facts the places of prompts of different facts, one for each template: a group that is no
-    fact. The places are those of prompts fact after fact."""
-    return [[(i + t) % n * templates + t for t in range(templates)] for i in range(n)]
-
-
 def searched(
     scores: Float[Tensor, "prompt block neuron"], p: Float[Tensor, " prompt"], sought: Sequence[Neuron]
 ) -> dict[str, float]:
@@ -145,7 +139,8 @@ def localised(lm: LM, facts: Sequence[Sequence[Query]], own: Sequence[Sequence[N
     scores, p = (x.unflatten(0, (len(facts), k)) for x in (found.scores, found.probability))
     yield _columns(of, [searched(*row) for row in zip(scores, p, own, strict=True)])
     anyone = [neuron for some in own for neuron in some]
-    mixed = [searched(found.scores[rows], found.probability[rows], anyone) for rows in groups(len(facts), k)]
+    places = likeness.mixed(np.arange(len(queries)).reshape(-1, k))
+    mixed = [searched(found.scores[rows], found.probability[rows], anyone) for rows in places]
     yield _columns(f"{of}, mixed", mixed)
     yield scores
 
@@ -185,38 +180,21 @@ def silenced(
 # --------------------------------------------------------------------------------------------------------- ROME
 
 
-def rewritten(lm: LM, facts: Sequence[Sequence[Query]], block: int, of: str) -> dict[str, list[float]]:
+def rewritten(
+    lm: LM, facts: Sequence[Sequence[Query]], block: int, of: str, where_due: bool = False
+) -> dict[str, list[float]]:
     """Rewrite the answer of each fact to that of the next by ROME at a block and return, by fact: whether the edited
-    prompt gives the new answer, the share of its other prompts that do, and of other facts that keep their answer."""
-    requests = [replace(fact[0], foil=facts[(i + 1) % len(facts)][0].target) for i, fact in enumerate(facts)]
-    settings = replace(rome.HPARAMS[lm.name.partition("+")[0]], block=block)
-    moment = covariance(lm, block, settings.covariance)
-    edits = editors.write_searches(rome.search(lm, requests, settings), moment, block, settings.key)
-    rows = []
-    for i, edit in enumerate(edits):
-        asked = [*facts[i], *(fact[0] for j, fact in enumerate(facts) if j != i)]
-        wanted = [requests[i].foil] * len(facts[i]) + [query.target for query in asked[len(facts[i]) :]]
-        right = _says(lm, asked, wanted, edit)
-        k = len(facts[i])
-        rows.append(
-            {
-                "rewritten": right[0],
-                "paraphrases": sum(right[1:k]) / (k - 1),
-                "others keep": sum(right[k:]) / len(right[k:]),
-            }
-        )
-    return _columns(of, rows)
+    prompt gives the new answer, the share of its other prompts that do, and of other facts that keep their answer.
 
+    The value is stored at the subject's last token, as published, or `where_due`, at the token before the answer.
+    """
 
-def rewritten_where_due(lm: LM, facts: Sequence[Sequence[Query]], block: int, of: str) -> dict[str, list[float]]:
-    """Return, as `rewritten` does, what edits do that ROME makes where the answer is due, and not at the subject."""
-
-    def read(*given) -> list:
+    def at_the_end(*given) -> list:
         return [(encoded, encoded.position) for encoded, _ in rome.prompts(*given)]
 
     requests = [replace(fact[0], foil=facts[(i + 1) % len(facts)][0].target) for i, fact in enumerate(facts)]
     settings = replace(rome.HPARAMS[lm.name.partition("+")[0]], block=block)
-    found = rome.search(lm, requests, settings, read=read)
+    found = rome.search(lm, requests, settings, read=at_the_end if where_due else None)
     rows = []
     for i, edit in enumerate(editors.write_searches(found, covariance(lm, block, settings.covariance), block)):
         others = [fact[0] for j, fact in enumerate(facts) if j != i]

@@ -130,6 +130,8 @@ def _check(record: Mapping) -> None:
         raise ValueError(f"its data {list(record['data'])!r:.80} are not those of the package")
     if not re.fullmatch(r"\d\d", record["chapter"], re.ASCII) or record["family"] not in arch.SPECS:
         raise ValueError(f"its chapter is {record['chapter']!r:.80}, its family {record['family']!r:.80}")
+    if record["units"] and record["units"]["kind"] not in ("mean", "difference", "share"):
+        raise ValueError(f"its units are a {record['units']['kind']!r:.80}")
     CLAIMS[record["claim"]].verdict(estimate_of(record))
     VERDICTS.index(record["verdict"])
     SIDES.index(record["side"])

@@ -64,6 +64,14 @@ def test_too_few_units_have_no_power():
     assert set(map(tuple, found.values())) == {(0.0, 0.0)}
 
 
+def test_units_that_are_all_alike_tell_no_power_and_survive_by_a_sign_test():
+    alike = stats.mean([1.0, 1.0, 1.0])
+    assert claims.power(replace(WHOLE, min_n=3), alike) == {}
+    assert "not known" in claims.Verdict(WHOLE, alike, "m")._repr_html_()
+    assert set(claims.power(WHOLE, stats.share([1] * 20))) == {"null", "threshold", "expected"}
+    assert audit._p_value(WHOLE, alike) == 0.25 and audit._p_value(WHOLE, stats.mean([1.0] * 12)) == 2.0**-11
+
+
 def test_the_audit_names_what_is_missing_and_what_a_run_could_not_decide(results, monkeypatch):
     monkeypatch.setattr(audit, "CLAIMS", {"fact-search": replace(WHOLE, id="fact-search", unit="")})
     monkeypatch.setattr(rules, "CLAIMS", audit.CLAIMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +12,7 @@ from kncore.attribution import attribute
 from kncore.neurons import Neuron
 from kncore.query import Query
 from kncore.replay import record
-from knpaper import planted, powers
+from knpaper import likeness, planted, powers
 
 FACTS = [
     [Query(f"{start} {nation} is", city, nation) for start in ("the capital of", "a capital in")]
@@ -168,7 +169,9 @@ def test_a_share_is_from_0_to_1(learnt, share):
 
 
 def test_a_group_that_is_no_fact_has_each_template_once_and_no_fact_twice():
-    for group in powers.groups(6, 5):
+    groups = likeness.mixed(np.arange(30).reshape(6, 5))
+    assert len(groups) == 6
+    for group in groups:
         assert [place % 5 for place in group] == list(range(5))
         assert len({place // 5 for place in group}) == 5
 
