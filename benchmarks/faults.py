@@ -563,7 +563,8 @@ def bits_of_a_record(folder: Path, seed: int = 0) -> Tally:
         tally.tried += 1
         try:
             now = next(record for record in read_records(folder / "results") if record["claim"] == path.stem)
-            tally.said += now == json.loads(raw) or "edited after it was recorded" in stale(now)
+            harmed = {"edited after it was recorded", "it has no checksum"}
+            tally.said += now == json.loads(raw) or bool(harmed.intersection(stale(now)))
         except ValueError as error:
             tally.said += str(path) in str(error)
         disk.write(path, raw)
