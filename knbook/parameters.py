@@ -77,6 +77,11 @@ def check_parameters(chapter: Chapter, parameters: Mapping[str, Scalar]) -> None
             raise UsageError(f"{notebook}: parameter {name}: expected {expected}, got {value!r:.80}")
 
 
+def _is_folder(value: str) -> bool:
+    found = models.local(value)
+    return found is not None and found.is_dir()
+
+
 def _expected(name: str, value: Scalar) -> str:
     """Return what is expected of a parameter of that name where the value is not it; "" where it is."""
     if type(value) is int:
@@ -88,9 +93,9 @@ def _expected(name: str, value: Scalar) -> str:
         names = value.split(",") if name == "models" else [value]
         return next(filter(None, (_refusal("a model", models.check, model) for model in names)), "")
     if name == "source":
-        return "" if value in ("own", "public") or models.local(value) else "own, public, or a folder that exists"
+        return "" if value in ("own", "public") or _is_folder(value) else "own, public, or a folder that exists"
     if name == "corpus":
-        return "" if not value or models.local(value) else "nothing, or a folder that exists, with .txt files"
+        return "" if not value or _is_folder(value) else "nothing, or a folder that exists, with .txt files"
     if name == "quadrature":
         return _refusal("a quadrature", quadrature.rule, value, 2)
     if name == "sweep":

@@ -7,6 +7,7 @@ What would give wrong numbers later is refused here, when the model is loaded: f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -47,8 +48,13 @@ def identity(folder: Path) -> tuple[str, str]:
     Raises ValueError for a folder without config.json or weights in safetensors, OSError where it cannot be read.
     """
     found = revision(folder)
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).lstrip("-._")[:60].rstrip("-.")
-    return f"{plain or 'folder'}@{found[:8]}", found
+    return plain_name(folder.resolve().name, found), found
+
+
+def plain_name(name: str, revision: str) -> str:
+    """Return the name of a model of one's own, from that of its folder or file; see `identity`."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("-._")[:60].rstrip("-.")
+    return f"{plain or 'folder'}@{revision[:8]}"
 
 
 def revision(folder: Path) -> str:
@@ -111,6 +117,19 @@ def weights(folder: Path) -> list[Path]:
         there = f"{len(absent)} of {len(shards)} files that are not there ({_few(absent)})"
         raise ValueError(f"{INDEX} in {where} names {there}; copy or fetch them too")
     return [folder / name for name in shards]
+
+
+@contextlib.contextmanager
+def quiet(transformers) -> Iterator[None]:
+    """Open a context without progress bars and load reports of transformers; its settings come back afterwards."""
+    logging = transformers.utils.logging
+    with contextlib.ExitStack() as before:
+        before.callback(logging.set_verbosity, logging.get_verbosity())
+        if logging.is_progress_bar_enabled():
+            before.callback(logging.enable_progress_bar)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield
 
 
 def refuse(folder: Path, faults: Iterable[str]) -> None:
@@ -357,7 +376,9 @@ def _instead(folder: Path) -> str:
         return (
             f"; pickled weights ({_few(pickled)}) are refused, as they can run code; save them with `save_pretrained`"
         )
-    other = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    if files := [name for name in names if name.endswith(".gguf")]:
+        return f", found {_few(files)}; name that file itself"
+    other = [name for name in names if name.endswith(".safetensors")]
     return f", found {_few(other)}; save the model with `save_pretrained`" if other else ""
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from kncore import arch, checkpoint, zoo
+from kncore import arch, checkpoint, gguf, zoo
 from kncore.store import state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,16 +74,16 @@ class LM:
 def identity(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
     """Return the name and the revision of the model that `load` gives; nothing is loaded or fetched.
 
-    A folder is called `<its name>@<first 8 digits of the revision>`, see `kncore.checkpoint.identity`; all of its
-    weights are read for that. A path object is a folder; of a text that is both, the registered model is meant.
+    A folder or GGUF file is called `<its name>@<first 8 digits of the revision>`, see `kncore.checkpoint.identity`; all
+    of its weights are read for that. A path object is one of these; a text that is both means the registered one.
 
     Raises ValueError for an unknown name and for a folder that `load` refuses for its files; OSError where files cannot
     be read, or a model that comes with this package does not.
     """
     source = _source(name_or_path)
-    if folder := local(source):
+    if own := local(source):
         check(source)
-        return checkpoint.identity(folder)
+        return gguf.identity(own) if own.is_file() else checkpoint.identity(own)
     return source, zoo.revision(source)
 
 
@@ -99,9 +99,10 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
 ) -> LM:
-    """Load a language model by registered name, as `owner/name@revision` of the hub, or from a local folder.
+    """Load a language model by registered name, as `owner/name@revision` of the hub, from a local folder or GGUF file.
 
-    Weights come from safetensors (or the default model's GGUF); pickled weights and remote code are refused. `device`
+    Weights come from safetensors or GGUF (made into float32 once, see `kncore.gguf`, and then kept in the user cache);
+    pickled weights and remote code are refused. `device`
     defaults to `$KNCORE_DEVICE` or torch's default device, `dtype` (a torch dtype or its name) to `$KNCORE_DTYPE` or
     float32. Parameters do not require gradients.
 
@@ -121,11 +122,15 @@ def load(
         raise ValueError(f"give a device ({device}) or a device map, not both")
     device, dtype = resolve_device("cpu" if device_map else device, dtype)
     source, spread = _source(name_or_path), {}
-    if own := local(source):
+    own = local(source)
+    if own and own.is_dir():
         check(source)
         stamps = checkpoint.stamps(own)
     name, revision = identity(name_or_path)
-    folder = own or zoo.fetch(source)
+    if own and own.is_file():
+        own, folder = None, zoo.converted(own)
+    else:
+        folder = own or zoo.fetch(source)
     if device_map is not None:
         # Only weights that are not in the checkpoint as the model has them are written there.
         spread = {"device_map": device_map, "offload_folder": zoo.cache_folder() / "offload" / f"{revision}-{dtype}"}
@@ -175,21 +180,23 @@ def ran_out(error: BaseException) -> bool:
 
 
 def local(name: str) -> Path | None:
-    """Return the folder that a name means, unless it is a registered one; None where there is none."""
+    """Return the folder or GGUF file that a name means, unless it is a registered one; None where there is none."""
     try:
-        folder = Path(name).expanduser()
-        return folder if name and name not in zoo.REGISTRY and folder.is_dir() else None
+        path = Path(name).expanduser()
+        there = path.is_dir() or (path.suffix == ".gguf" and path.is_file())
+        return path if name and name not in zoo.REGISTRY and there else None
     except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such user
         return None
 
 
 def check(name: str) -> None:
     """Raise ValueError where `load` could not know what a name means: no such name, folder or pinned hub model."""
-    if folder := local(name):
+    if own := local(name):
         try:
-            checkpoint.check_files(folder)
+            gguf.check(own) if own.is_file() else checkpoint.check_files(own)
         except OSError as error:
-            raise ValueError(f"{str(folder)!r} is not a model folder that can be read: {error}") from error
+            what = "GGUF file" if own.is_file() else "model folder"
+            raise ValueError(f"{str(own)!r} is not a {what} that can be read: {error}") from error
     elif name not in zoo.REGISTRY:
         zoo.hub(name)
 
@@ -211,7 +218,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, device: torch.device, spr
     options = {"config": config, "dtype": dtype, "use_safetensors": True, **remote, **spread}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with their names
     remedy = "correct its config.json or the device map" if spread else "correct its config.json"
-    with _understood(f"the model in {where}", remedy), zoo.quiet(transformers):
+    with _understood(f"the model in {where}", remedy), checkpoint.quiet(transformers):
         auto = transformers.AutoModelForMaskedLM if spec.masked else transformers.AutoModelForCausalLM
         model, info = auto.from_pretrained(folder, **options)
     with _understood(f"the tokenizer in {where}", "save it there anew with `tokenizer.save_pretrained`"):

