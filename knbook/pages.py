@@ -22,7 +22,7 @@ from sphinx_design.icons import get_octicon
 from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug
 from knbook.errors import UsageError
 from kncore import zoo
-from knpaper import across, audit, claims, corpus, seeds, specifications, stored
+from knpaper import across, audit, claims, corpus, rules, seeds, specifications, stored
 from knpaper.figures import FACTS, GRAMMAR
 from knpaper.records import EARLIER, column_of, effect, read_records
 from knpaper.rules import SIDES, VERDICTS, WITHDRAWN, Claim
@@ -81,11 +81,14 @@ class Book:
 def load(root: Path, names: Iterable[str] = ()) -> Book:
     """Return the book in a folder, with pages of these names; ValueError where a record or a notebook is none."""
     found, records = read_records(root / "results"), {}
-    over_seeds = seeds.stability(found)
+    over_seeds, voids = seeds.stability(found), rules.void(found)
     for record in found:
         key = record["claim"], column_of(record)
+        voided = {}
+        if (record["claim"], record["model"], record["source"]) in voids:
+            voided = {"verdict": "inconclusive", "side": "neither", "void": True}
         unstable = key in over_seeds and over_seeds[key].word != "stable"
-        records[key] = {**EARLIER, "unstable": unstable, **record, "stale": stale(record)}
+        records[key] = {**EARLIER, "unstable": unstable, "void": False, **record, **voided, "stale": stale(record)}
     by_number = {chapter.number: chapter for chapter in chapters(root)}
     return Book(root, by_number, records, frozenset(names), over_seeds)
 
@@ -140,7 +143,8 @@ def said(claim: Claim, record: Mapping | None) -> str:
         return f"not run: {claim.statement}"
     words = [f"check {claim.word(record['verdict'])}"] if claim.check else [record["verdict"]]
     words += [] if claim.check else [f"speaks for {record['side']}"]
-    notes = {"exploratory": record["exploratory"], "unstable over seeds": record["unstable"]}
+    notes = {"void, for the edit was not made": record["void"], "exploratory": record["exploratory"]}
+    notes |= {"unstable over seeds": record["unstable"]}
     words += [name for name, holds in (notes | {"stale": record["stale"]}).items() if holds]
     return f"{', '.join(words)}: {claim.statement} {effect(record)}, n = {record['n']} {claim.units}"
 

@@ -34,7 +34,8 @@ def run(
             with runs.scratch(root / "_build", "public") as scratch:
                 given = {"source": source, **public.PARAMETERS.get(chapter.number, {})}
                 runner.run(root, model=model, only=[chapter.number], parameters=given, out=scratch, timeout=timeout)
-                made = {path.name: path for path in (scratch / "results" / target.name).glob("*")}
+                written = (scratch / "results" / target.name).glob("*")
+                made = {path.name: path for path in written if path.stem not in public.LEFT_OUT}
                 made[f"{chapter.number}.toml"] = scratch / "results" / slug(model) / f"{chapter.number}.toml"
                 for path in _records(target, chapter.number):
                     if path.name not in made:

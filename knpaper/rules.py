@@ -6,6 +6,7 @@ A rule speaks about the interval of one number, the metric, and is fixed before 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from knpaper import resources
@@ -26,7 +27,8 @@ class Claim:
     matters; `smallest` says why. `unit` was treated and is resampled; `control` is the null in words and `null` the
     metric where it holds; `expected` is the metric that a run should not miss. `thesis` and `paper` are the verdicts
     that the two expect, "" for none. Metric and rule were `fixed` in a commit before their number was known, or the
-    claim is `exploratory`, for a reason. A `check` of the manipulation is no claim and speaks for nobody.
+    claim is `exploratory`, for a reason. A `check` of the manipulation is no claim and speaks for nobody. What follows
+    from an edit that was not made is not known: a claim that `needs` a check is void where that failed (`void`).
     """
 
     id: str
@@ -47,6 +49,7 @@ class Claim:
     fixed: str = ""
     exploratory: str = ""
     check: bool = False
+    needs: str = ""
 
     @property
     def units(self) -> str:
@@ -107,6 +110,13 @@ class Claim:
         if not self.check and not (self.thesis or self.paper):
             empty.append("thesis or paper")
         return empty
+
+
+def void(records: Iterable[Mapping]) -> set[tuple[str, str, str]]:
+    """Return those of the records whose claim needs a check that failed on the same model and data: claim, model and
+    source of each."""
+    verdicts = {(record["claim"], record["model"], record["source"]): record["verdict"] for record in records}
+    return {key for key in verdicts if verdicts.get((CLAIMS[key[0]].needs, *key[1:])) == "contradicted"}
 
 
 CLAIMS = {claim_id: Claim(claim_id, **fields) for claim_id, fields in resources.toml("claims.toml").items()}

@@ -13,7 +13,7 @@ CLAIM = next(claim for claim in rules.CLAIMS.values() if claim.kind == "above" a
 def records(values, verdict="supported", claim=CLAIM.id, n=40):
     names = ["controlled-gpt2", "controlled-gpt2-1", "controlled-gpt2-2"]
     return [
-        {"claim": claim, "model": name, "value": value, "verdict": verdict, "n": n}
+        {"claim": claim, "model": name, "value": value, "verdict": verdict, "n": n, "source": "own"}
         for name, value in zip(names, values, strict=False)
     ]
 
@@ -43,3 +43,25 @@ def test_nothing_is_said_of_fewer_than_three_seeds_of_other_models_and_of_claims
     assert stability([record | {"model": f"smollm2-135m{i}"} for i, record in enumerate(some)]) == {}
     seeds = next(claim.id for claim in rules.CLAIMS.values() if claim.unit == "training seed")
     assert stability(records(above(0.3, 0.4, 0.5), claim=seeds)) == {}
+
+
+def test_seeds_on_which_the_edit_was_not_made_are_left_out():
+    claim = next(claim for claim in rules.CLAIMS.values() if claim.needs and claim.unit != "training seed")
+    some = records([claim.threshold + step for step in (0.1, 0.2, 0.3)], claim=claim.id)
+    check = records([1.0, 0.0, 1.0], claim=claim.needs)
+    check[1]["verdict"] = "contradicted"
+    found = stability([*some, *check])[claim.id, "controlled-gpt2"]
+    assert (found.mean, found.verdict, found.word) == (None, "inconclusive", "not known over seeds")
+    assert found.left_out == ["controlled-gpt2-1"] and len(found.values) == 3
+    check[1]["verdict"] = "inconclusive"  # some edits were made, and those are asked
+    assert stability([*some, *check])[claim.id, "controlled-gpt2"].left_out == []
+
+
+def test_a_claim_is_void_where_its_check_failed_on_the_same_model_and_data():
+    needing = {claim.id: claim.needs for claim in rules.CLAIMS.values() if claim.needs}
+    assert needing and all(rules.CLAIMS[check].check for check in needing.values())
+    claim, check = next(iter(needing.items()))
+    some = records([0.0], "contradicted", claim) + records([0.0], "contradicted", check)
+    assert rules.void(some) == {(claim, "controlled-gpt2", "own")}
+    for change in ({"verdict": "supported"}, {"model": "other"}, {"source": "public"}):
+        assert rules.void([some[0], some[1] | change]) == set()
