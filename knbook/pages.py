@@ -243,6 +243,14 @@ def agreement(book: Book) -> dict:
     return {"rows": rows, "same": same, "opposite": sum(pair == {*VERDICTS[:2]} for pair in verdicts)}
 
 
+def by_seed(book: Book) -> dict:
+    """Return by claim, in their order, what the training seeds of each model say."""
+    rows = {claim: [] for claim in claims.CLAIMS}
+    for (claim, model), found in book.over_seeds.items():
+        rows[claim].append((model, found, claims.CLAIMS[claim].word(book.records[claim, model]["verdict"])))
+    return {"rows": [(claims.CLAIMS[claim], of_models) for claim, of_models in rows.items() if of_models]}
+
+
 def localisation(book: Book) -> dict:
     """Return chapter 3's tables of how local relations and conditions are, of own and of public data."""
     found = {}
@@ -362,7 +370,7 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "multiplicity": counts,
     "across": models_compared,
     "by-model": by_agreement,
-    "seeds": lambda book: {"rows": list(book.over_seeds.items()), "first": book.records, "claims": claims.CLAIMS},
+    "seeds": by_seed,
     "agreement": agreement,
     "localisation": localisation,
     "multiverse": multiverse,

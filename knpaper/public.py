@@ -20,6 +20,6 @@ PARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "07": {"few": 1, "sweep": "3", "sentences": 2},
     "08": {},
 }
-# What these data do not ask, found after it had been seen to fail: most of the prompts that the flat form of CounterFact
-# has as rephrasings are the original's prompts for free text ("Steven Spielberg's favorite lunchtime work meals include").
+# What these data do not ask, found after it had been seen to fail: most of the prompts that the flat form of
+# CounterFact has as rephrasings are the original's prompts for free text.
 LEFT_OUT = {"rome-generalises"}

@@ -18,9 +18,9 @@ NAME = re.compile(r"(controlled-[a-z]+\d*)(-\d+)?")
 class Stability(NamedTuple):
     """A claim over training seeds: its value by model, the mean with Student's interval, and the rule's verdict of it.
 
-    Seeds on which the check that the claim needs failed are `left_out`: what an edit brings about is not seen where none
-    was made. `word` is "stable" if the verdict is the one of the first model, over its own units, else "unstable over
-    seeds"; with fewer than `LEAST` seeds left there is no mean, and the word is "not known over seeds".
+    Seeds on which the check that the claim needs failed are `left_out`: what an edit brings about is not seen where
+    none was made. `word` is "stable" if the verdict is the one of the first model, over its own units, else "unstable
+    over seeds"; with fewer than `LEAST` seeds left there is no mean, and the word is "not known over seeds".
     """
 
     values: dict[str, float]
@@ -28,6 +28,11 @@ class Stability(NamedTuple):
     verdict: str
     word: str
     left_out: list[str]
+
+    @property
+    def seen(self) -> list[str]:
+        """The values in words, seed by seed; those left out in brackets."""
+        return [f"({x:.2f})" if model in self.left_out else f"{x:.2f}" for model, x in self.values.items()]
 
 
 def stability(records: Iterable[Mapping]) -> dict[tuple[str, str], Stability]:
