@@ -143,7 +143,7 @@ def said(claim: Claim, record: Mapping | None) -> str:
         return f"not run: {claim.statement}"
     words = [f"check {claim.word(record['verdict'])}"] if claim.check else [record["verdict"]]
     words += [] if claim.check else [f"speaks for {record['side']}"]
-    notes = {"void, for the edit was not made": record["void"], "exploratory": record["exploratory"]}
+    notes = {"void, its check failed": record["void"], "exploratory": record["exploratory"]}
     notes |= {"unstable over seeds": record["unstable"]}
     words += [name for name, holds in (notes | {"stale": record["stale"]}).items() if holds]
     return f"{', '.join(words)}: {claim.statement} {effect(record)}, n = {record['n']} {claim.units}"
@@ -382,13 +382,13 @@ TABLES: dict[str, Callable[[Book], dict]] = {
 
 
 def claims_table(root: Path) -> str:
-    """Return the claims in a Markdown table: a row a chapter, with its first claim and a mark for each one.
+    """Return the claims that are no checks in a Markdown table: a row a chapter, with its first claim and all marks.
 
     Effects and verdicts are those of the chapter's own model or, of a comparison, of each of its models.
     """
     book, rows = load(root), []
     for chapter in book.chapters.values():
-        here = [claim for claim in claims.CLAIMS.values() if claim.chapter == chapter.number]
+        here = [c for c in claims.CLAIMS.values() if c.chapter == chapter.number and not c.check]
         names = str(chapter.defaults.get("models", chapter.defaults.get("model"))).split(",")
         if not here:
             continue
