@@ -26,9 +26,10 @@ class Claim:
     Otherwise, and with fewer than `min_n` independent units, inconclusive. So the threshold is the smallest effect that
     matters; `smallest` says why. `unit` was treated and is resampled; `control` is the null in words and `null` the
     metric where it holds; `expected` is the metric that a run should not miss. `thesis` and `paper` are the verdicts
-    that the two expect, "" for none. Metric and rule were `fixed` in a commit before their number was known, or the
-    claim is `exploratory`, for a reason. A `check` of the manipulation is no claim and speaks for nobody. What follows
-    from an edit that was not made is not known: a claim that `needs` a check is void where that failed (`void`).
+    that the two expect, "" for none; where neither expects anything, `neutral` says why. Metric and rule were `fixed`
+    in a commit before their number was known, or the claim is `exploratory`, for a reason. A `check` that an edit took
+    is no claim and speaks for nobody. What follows from an edit that was not made is not known: a claim that `needs` a
+    check is void where that failed (`void`).
     """
 
     id: str
@@ -50,6 +51,7 @@ class Claim:
     exploratory: str = ""
     check: bool = False
     needs: str = ""
+    neutral: str = ""
 
     @property
     def units(self) -> str:
@@ -107,7 +109,7 @@ class Claim:
         empty += [name for name in ("null", "expected") if getattr(self, name) is None]
         if bool(self.fixed) == bool(self.exploratory):
             empty.append("fixed or exploratory")
-        if not self.check and not (self.thesis or self.paper):
+        if not self.check and not (self.thesis or self.paper or self.neutral):
             empty.append("thesis or paper")
         return empty
 

@@ -109,7 +109,7 @@ def test_the_models_beside_run_together_and_their_records_join(tmp_path, monkeyp
         (root / "book" / "runs" / name).mkdir(parents=True)
         shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / name)
     staging = book.stage(root)
-    book._run_all(root, staging, 60)
+    book._run_all(root, staging, 600)
     for name in ("gpt2", "gpt2-xl"):
         ran = nbformat.read(staging / "book" / "runs" / name / "01-toy.ipynb", as_version=4)
         assert ran.cells[-1].outputs[0].text.startswith(f"{name} 0.0")
@@ -141,7 +141,7 @@ def test_a_model_beside_that_fails_is_named_with_its_cell(tmp_path, monkeypatch)
     (root / "book" / "runs" / "gpt2").mkdir(parents=True)
     shutil.copy(root / "notebooks" / "01-toy.ipynb", root / "book" / "runs" / "gpt2")
     with pytest.raises(errors.RunError, match=r"(?s)01-toy \(gpt2\):.*cell 4 .*ZeroDivisionError"):
-        book._run_all(root, book.stage(root), 60)
+        book._run_all(root, book.stage(root), 600)
 
 
 def unloaded(name: str, revision: str = "0123456789abcdef") -> SimpleNamespace:
