@@ -618,11 +618,18 @@ def test_a_damaged_index_is_named(folder, index, said):
 
 @pytest.mark.kind("unexpected-weights", own=True)
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.gguf", "other.safetensors"]
+    ("name", "remedy"),
+    [
+        ("pytorch_model.bin", "`save_pretrained`"),
+        ("model.pt", "`save_pretrained`"),
+        ("consolidated.00.pth", "`save_pretrained`"),
+        ("model.gguf", "name that file itself"),
+        ("other.safetensors", "`save_pretrained`"),
+    ],
 )
-def test_weights_in_other_files_are_named(folder, name):
+def test_weights_in_other_files_are_named(folder, name, remedy):
     (folder / "model.safetensors").rename(folder / name)
-    checked_early(folder, f"no weights in safetensors: expected model.safetensors.*{name}.*`save_pretrained`")
+    checked_early(folder, f"no weights in safetensors: expected model.safetensors.*{name}.*{remedy}")
 
 
 @pytest.mark.kind("unexpected-weights", own=True)
