@@ -177,13 +177,14 @@ def claims(
     debug: Debug = False,
 ) -> None:
     """List the verdicts; with --audit say what each claim lacks, and what a run gives where its null holds."""
-    from knbook import checkout
+    from knbook import checkout, pages
     from knpaper.audit import audit as audited
     from knpaper.audit import multiplicity
     from knpaper.records import effect, read_records
 
     with refused():
-        records = read_records(checkout.find_root() / "results")
+        root = checkout.find_root()
+        records = read_records(root / "results")
         rows = audited(records) if audit else None
     if rows is None:
         for record in records:
@@ -194,9 +195,10 @@ def claims(
         numbers = "" if row[3] != row[3] else f"n {row[2]:.0f}, if null {row[3]:.2f}, if expected {row[4]:.2f}"
         said = "; ".join([*(f"FAULT: {fault}" for fault in row.faults), *row.notes])
         _say(f"{row.claim:32}{row.model:24}{numbers:38}{said}".rstrip())
-    found = multiplicity(records)
+    found = multiplicity(list(pages.load(root).judged.values()))
     _say(
-        f"{found['verdicts']:.0f} verdicts, {found['decided']:.0f} decided; if every value lay at its threshold, "
+        f"{found['verdicts']:.0f} verdicts, further training seeds apart, {found['decided']:.0f} decided; "
+        f"if every value lay at its threshold, "
         f"{found['by chance']:.0f} would be decided by chance; {found['surviving']:.0f} of the decided ones survive "
         "Holm's correction over all of them"
     )

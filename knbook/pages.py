@@ -167,10 +167,11 @@ def findings(book: Book) -> dict:
 
 
 def counts(book: Book) -> dict:
-    """Return how many verdicts speak for either side, how sure they are, and how many claims flip between models."""
-    rows = across.across(across.own(book.judged))
+    """Return how many verdicts on own data speak for either side, how sure they are, and how many claims flip."""
+    own = across.own(book.judged)
+    rows = across.across(own)
     return {
-        "counts": across.tally(book.judged) | audit.multiplicity(list(book.judged.values())),
+        "counts": across.tally(own) | audit.multiplicity(list(own.values())),
         "flips": sum(row.flips for row in rows),
         "compared": sum(len(row.decided) > 1 for row in rows),
     }
