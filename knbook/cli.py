@@ -198,7 +198,7 @@ def claims(
     found = multiplicity(list(pages.load(root).judged.values()))
     _say(
         f"{found['verdicts']:.0f} verdicts, further training seeds apart, {found['decided']:.0f} decided; "
-        f"if every value lay at its threshold, "
+        "if every value lay at its threshold, "
         f"{found['by chance']:.0f} would be decided by chance; {found['surviving']:.0f} of the decided ones survive "
         "Holm's correction over all of them"
     )

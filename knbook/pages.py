@@ -87,8 +87,9 @@ def load(root: Path, names: Iterable[str] = ()) -> Book:
         voided = {}
         if (record["claim"], record["model"], record["source"]) in voids:
             voided = {"verdict": "inconclusive", "side": "neither", "void": True}
-        unstable = key in over_seeds and over_seeds[key].word != "stable"
-        records[key] = {**EARLIER, "unstable": unstable, "void": False, **record, **voided, "stale": stale(record)}
+        of_seeds = over_seeds[key].word if key in over_seeds else "stable"
+        notes = {"over_seeds": "" if of_seeds == "stable" else of_seeds, "void": False}
+        records[key] = {**EARLIER, **notes, **record, **voided, "stale": stale(record)}
     by_number = {chapter.number: chapter for chapter in chapters(root)}
     return Book(root, by_number, records, frozenset(names), over_seeds)
 
@@ -133,7 +134,8 @@ def classes(claim: Claim, record: Mapping | None) -> str:
     if record is None:
         return "not-run"
     kind = "check" if claim.check else claims.side_class(record["side"])
-    notes = {"explored": record["exploratory"], "unstable": record["unstable"], "outdated": record["stale"]}
+    unstable = record["over_seeds"] == "unstable over seeds"
+    notes = {"explored": record["exploratory"], "unstable": unstable, "outdated": record["stale"]}
     return " ".join([record["verdict"], kind, *(name for name, holds in notes.items() if holds)])
 
 
@@ -144,7 +146,7 @@ def said(claim: Claim, record: Mapping | None) -> str:
     words = [f"check {claim.word(record['verdict'])}"] if claim.check else [record["verdict"]]
     words += [] if claim.check else [f"speaks for {record['side']}"]
     notes = {"void, its check failed": record["void"], "exploratory": record["exploratory"]}
-    notes |= {"unstable over seeds": record["unstable"]}
+    notes |= {record["over_seeds"]: record["over_seeds"]}
     words += [name for name, holds in (notes | {"stale": record["stale"]}).items() if holds]
     return f"{', '.join(words)}: {claim.statement} {effect(record)}, n = {record['n']} {claim.units}"
 
@@ -167,11 +169,10 @@ def findings(book: Book) -> dict:
 
 
 def counts(book: Book) -> dict:
-    """Return how many verdicts on own data speak for either side, how sure they are, and how many claims flip."""
-    own = across.own(book.judged)
-    rows = across.across(own)
+    """Return how many verdicts speak for either side, how sure they are, and how many claims flip between models."""
+    rows = across.across(across.own(book.judged))
     return {
-        "counts": across.tally(own) | audit.multiplicity(list(own.values())),
+        "counts": across.tally(book.judged) | audit.multiplicity(list(book.judged.values())),
         "flips": sum(row.flips for row in rows),
         "compared": sum(len(row.decided) > 1 for row in rows),
     }

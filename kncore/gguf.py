@@ -45,23 +45,28 @@ def check(path: Path) -> arch.ArchSpec:
     Raises ValueError with the cause and what to do: for a file that is no GGUF, damaged, or a part of one, and for a
     family, a setting or a tokenizer that would be passed over.
     """
+    return _checked(path)[0]
+
+
+def _checked(path: Path) -> tuple[arch.ArchSpec, dict[str, object], dict[str, int]]:
+    """Return what `check` returns, what the file says beside its weights, and how many numbers each weight has."""
     with path.open("rb") as stream:
         start = stream.read(len(checkpoint.POINTER))
     if start == checkpoint.POINTER:
         raise ValueError(f"{str(path)!r} is a pointer of Git LFS and not the model; fetch it with `git lfs pull`")
     if not start.startswith(MAGIC):
         raise ValueError(f"{str(path)!r} is no GGUF file, whatever its name says: get an intact copy")
-    fields, shapes = _read(path)
+    fields, counts = _read(path)
     family = str(fields.get("general.architecture"))
     spec = arch.spec_for(family)
     if family not in READ:
         checkpoint.refuse(path, [f"is a {family}; of GGUF, {', '.join(READ)} are read; {ORIGINAL}"])
-    checkpoint.refuse(path, _faults(fields, shapes, family))
-    return spec
+    checkpoint.refuse(path, _faults(fields, counts, family))
+    return spec, fields, counts
 
 
 def _read(path: Path) -> tuple[dict[str, object], dict[str, int]]:
-    """Return what a file says beside its weights, and the numbers that each weight has; ValueError if it is damaged."""
+    """Return what a file says beside its weights, and how many numbers each has; ValueError if it is damaged."""
     import gguf
 
     try:
@@ -73,24 +78,29 @@ def _read(path: Path) -> tuple[dict[str, object], dict[str, int]]:
         raise ValueError(f"{str(path)!r} is damaged or not whole ({reason}); get an intact copy") from error
 
 
-def _faults(fields: Mapping[str, object], shapes: Mapping[str, int], family: str) -> Iterator[str]:
+def _faults(fields: Mapping[str, object], counts: Mapping[str, int], family: str) -> Iterator[str]:
     if (kind := fields.get("general.type", "model")) != "model":
         yield f"holds no model but: {kind}; give the model itself, with adapters merged into it"
     if (parts := fields.get("split.count") or 1) > 1:
         yield f"is one of {parts} parts; join them with llama.cpp's `llama-gguf-split --merge`"
-    if absent := sorted(name for name in READ[family] - OPTIONAL if not fields.get(f"{family}.{name}")):
-        yield f"lacks {family}.{absent[0]}; convert the model anew"
+    if absent := sorted(name for name in READ[family] - OPTIONAL if not _is_number(fields.get(f"{family}.{name}"))):
+        yield f"has no number for {family}.{absent[0]}; convert the model anew"
         return
     width = fields[f"{family}.embedding_length"] // fields[f"{family}.attention.head_count"]
-    same = {"attention.key_length": width, "attention.value_length": width, "rope.dimension_count": width}
-    same |= {"rope.scaling.factor": 1, "attention.causal": True, "tensor_data_layout": "Meta AI original pth"}
+    implied = {"attention.key_length": width, "attention.value_length": width, "rope.dimension_count": width}
+    implied |= {"rope.scaling.factor": 1, "attention.causal": True, "tensor_data_layout": "Meta AI original pth"}
     for key, value in fields.items():
         setting = key.removeprefix(f"{family}.")
-        if setting != key and setting not in READ[family] and value not in (0, "none", "", same.get(setting)):
+        if setting != key and setting not in READ[family] and value not in (0, "none", "", implied.get(setting)):
             yield f"sets {key} = {str(value)[:50]}, which transformers does not read; {ORIGINAL}"
-    if "rope_freqs.weight" in shapes:
+    if "rope_freqs.weight" in counts:
         yield f"scales its rotary embeddings (rope_freqs.weight), which transformers does not read; {ORIGINAL}"
     yield from _faults_of_tokenizer(fields)
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a setting is one number above zero, and not a list with one for each block."""
+    return isinstance(value, int | float) and value > 0
 
 
 def _faults_of_tokenizer(fields: Mapping[str, object]) -> Iterator[str]:
@@ -112,15 +122,18 @@ def save(path: Path, target: Path) -> None:
     """
     import transformers
 
-    check(path)
-    fields, shapes = _read(path)
-    where = {"gguf_file": path.name, "trust_remote_code": False}
+    _, fields, counts = _checked(path)
+    options = {"gguf_file": path.name, "trust_remote_code": False}
     with checkpoint.quiet(transformers):
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, output_loading_info=True, **where
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
-        checkpoint.refuse(path, _faults_of_conversion(loaded, info, tokenizer, fields, shapes))
+        try:
+            loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, output_loading_info=True, **options
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            raise ValueError(f"{str(path)!r} cannot be read by transformers ({reason}); {ORIGINAL}") from error
+        checkpoint.refuse(path, _faults_of_conversion(loaded, info, tokenizer, fields, counts))
         # save_pretrained refuses a model that says it is quantised; the weights no longer are.
         vars(loaded.config).pop("quantization_config", None)
         plain = type(loaded)(loaded.config)
@@ -129,14 +142,14 @@ def save(path: Path, target: Path) -> None:
         tokenizer.save_pretrained(target)
 
 
-def _faults_of_conversion(model, info: Mapping, tokenizer, fields: Mapping, shapes: Mapping[str, int]) -> Iterator[str]:
+def _faults_of_conversion(model, info: Mapping, tokenizer, fields: Mapping, counts: Mapping[str, int]) -> Iterator[str]:
     if missing := sorted(info["missing_keys"]):
         yield f"lacks {', '.join(missing[:4])}, which would be random; get an intact copy"
-    there, here = sum(shapes.values()), sum(parameter.numel() for parameter in model.parameters())
+    there, here = sum(counts.values()), sum(parameter.numel() for parameter in model.parameters())
     if there != here:
         strange = [
             name
-            for name in shapes
+            for name in counts
             if not re.fullmatch(r"(blk\.\d+\.\w+|token_embd|position_embd|output\w*)\.\w+", name)
         ]
         more = f" ({', '.join(strange[:4])}?)" if strange else ""

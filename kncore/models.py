@@ -128,7 +128,7 @@ def load(
         stamps = checkpoint.stamps(own)
     name, revision = identity(name_or_path)
     if own and own.is_file():
-        own, folder = None, zoo.converted(own)
+        own, folder = None, zoo.converted(own, revision)
     else:
         folder = own or zoo.fetch(source)
     if device_map is not None:

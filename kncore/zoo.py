@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,7 +12,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,12 +135,11 @@ def fetch(name: str = DEFAULT) -> Path:
     return _snapshot(hub(name))
 
 
-def converted(path: Path) -> Path:
+def converted(path: Path, revision: str) -> Path:
     """Return the folder in the user cache that holds the model of a GGUF file, made of it where it is not there yet.
 
-    Raises what `gguf.save` raises, and ValueError for a file that was written meanwhile.
+    `revision` as of `gguf.identity`. Raises what `gguf.save` raises, and ValueError for a file written meanwhile.
     """
-    revision = gguf.identity(path)[1]
 
     def make(staged: Path) -> None:
         gguf.save(path, staged)
@@ -149,19 +149,23 @@ def converted(path: Path) -> Path:
     return disk.folder(cache_folder() / "models" / f"gguf-{revision}", make)
 
 
+@contextlib.contextmanager
+def _of_hub(name: str, remedy: str) -> Iterator[None]:
+    """Open a context whose errors say that a model could not be had from the hub, and what to do without a network."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"cannot load {name!r}: {reason} Where there is no network, {remedy}") from error
+
+
 def _gguf_file(name: str, entry: Gguf) -> Path:
     """Return a file that has the pinned hash: of `$KNCORE_MODELS`, or of the hub."""
     from huggingface_hub import hf_hub_download
 
     own = Path(os.environ.get("KNCORE_MODELS") or os.devnull).expanduser() / entry.file
-    try:
+    with _of_hub(name, f"put {entry.file} (sha256 {entry.sha256}) into a folder and name that in KNCORE_MODELS."):
         path = own if own.is_file() else Path(hf_hub_download(entry.repo, entry.file, revision=entry.revision))
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise OSError(
-            f"cannot load {name!r}: {reason} Where there is no network, put {entry.file} (sha256 {entry.sha256}) into "
-            "a folder and name that in KNCORE_MODELS."
-        ) from error
     if (found := disk.digest(path)) != entry.sha256:
         raise OSError(f"{path} has sha256 {found}, expected {entry.sha256}: not the pinned file, not used")
     return path
@@ -172,15 +176,13 @@ def _snapshot(hub: Hub) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    elsewhere = (
+        "load it once on a machine that has it (it stays in the Hugging Face cache), or pass a folder with config, "
+        "model.safetensors and tokenizer."
+    )
     for _ in range(2):
-        try:
+        with _of_hub(hub.repo, elsewhere):
             folder = Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted))
-        except (OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise OSError(
-                f"cannot load {hub.repo!r}: {reason} Where there is no network, load it once on a machine that has it "
-                "(it stays in the Hugging Face cache), or pass a folder with config, model.safetensors and tokenizer."
-            ) from error
         damaged = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _as_named(path.resolve())]
         if not damaged:
             return folder

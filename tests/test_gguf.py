@@ -68,7 +68,7 @@ REFUSED = {
     "no epsilon": (
         {"llama.attention.layer_norm_rms_epsilon": None, "llama.attention.layer_norm_epsilon": 1e-5},
         {},
-        r"lacks llama\.attention\.layer_norm_rms_epsilon",
+        r"no number for llama\.attention\.layer_norm_rms_epsilon",
     ),
     "an adapter": ({"general.type": "adapter"}, {}, "holds no model but: adapter"),
     "a part": ({"split.count": 3}, {}, "one of 3 parts; join them"),
@@ -82,6 +82,8 @@ REFUSED = {
     "scaled by a weight": ({}, {"rope_freqs.weight": torch.ones(2)}, "rope_freqs.weight"),
     "a weight too many": ({}, {"blk.0.attn_gate.weight": torch.ones(16, 16)}, "numbers, but its LlamaForCausalLM has"),
     "a weight too few": ({}, {"blk.1.ffn_up.weight": None}, r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
+    "heads by block": ({"llama.attention.head_count": [4, 4, 2]}, {}, r"no number for llama\.attention\.head_count"),
+    "another width": ({"llama.feed_forward_length": 20}, {}, "cannot be read by transformers"),
     "another cut": ({"tokenizer.ggml.pre": "viking"}, {}, "cuts text as 'viking' does"),
     "no cut": ({"tokenizer.ggml.pre": None}, {}, r"does not say how it cuts text \(tokenizer\.ggml\.pre\)"),
     "another tokenizer": ({"tokenizer.ggml.model": "rwkv"}, {}, "of the kind 'rwkv', expected 'gpt2' or 'llama'"),

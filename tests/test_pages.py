@@ -450,6 +450,22 @@ def test_a_verdict_that_its_seeds_do_not_share_is_marked_and_further_seeds_are_n
     assert len(body(shown(toy, "provenance"))) == 6
 
 
+def test_a_claim_whose_check_failed_is_void_and_one_on_too_few_seeds_is_not_called_unstable(toy, monkeypatch):
+    check = claim_of("took", "", "", check=True)
+    declare(monkeypatch, claim_of("a", "supported", "contradicted", needs="took", exploratory="seen"), check)
+    recorded(toy, monkeypatch, a={"x": "supported", "controlled-gpt2": "supported"}, took={"x": "contradicted"})
+    for seed, verdict in ((1, "contradicted"), (2, "supported")):
+        put(toy / "results", "a", f"controlled-gpt2-{seed}", monkeypatch)
+        put(toy / "results", "took", f"controlled-gpt2-{seed}", monkeypatch, verdict=verdict)
+    found = [mark for mark in shown(toy, "marks").select(".mark") if "a is so." in mark["aria-label"]]
+    marks = {mark.find_parent("td")["data-label"]: mark for mark in found}
+    assert {"inconclusive", "for-neither"} <= set(marks["x"]["class"])
+    assert marks["x"]["aria-label"].startswith("inconclusive, speaks for neither, void, its check failed")
+    assert "unstable" not in marks["controlled-gpt2"]["class"]
+    assert "not known over seeds" in marks["controlled-gpt2"]["aria-label"]
+    assert "1 rest on a check that failed on some of the seeds" in " ".join(shown(toy, "seeds").get_text().split())
+
+
 def test_withdrawn_claims_are_listed_with_reasons(toy, monkeypatch):
     gone = {"chapter": "01", "statement": "It was so.", "metric": "m", "reason": "It <was> not.", "instead": [FIRST.id]}
     monkeypatch.setattr(pages, "WITHDRAWN", {"gone": gone, "went": gone | {"instead": []}})

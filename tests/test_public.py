@@ -101,6 +101,10 @@ def test_the_run_keeps_records_only_and_goes_on_where_it_was(folder, tmp_path, m
     first[0].write_text(json.dumps(told | {"value": 0.7}))  # edited: it is made anew
     stored_run.run(root, str(folder), model="tiny-gpt2")
     assert len(ran) == 2 and json.loads(first[0].read_text()) == told
+    first[0].unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(public, "LEFT_OUT", {ID})
+        assert stored_run.run(root, str(folder), model="tiny-gpt2") == [] and not first[0].exists()
     (folder / "counterfact" / "counterfact-train.json").write_text("[1]")
     with pytest.raises(UsageError, match="pinned"):
         stored_run.run(root, str(folder), model="tiny-gpt2")
