@@ -104,8 +104,9 @@ def hub(source: str) -> Hub:
         return REGISTRY[source]
     if not HUB.fullmatch(source):
         raise ValueError(
-            f"unknown model {source[:200]!r}: neither a registered name ({', '.join(REGISTRY)}) nor a folder that "
-            "exists. A hub model needs its revision pinned: owner/name@commit, with all 40 digits of the commit."
+            f"unknown model {source[:200]!r}: neither a registered name ({', '.join(REGISTRY)}) nor a folder or "
+            "GGUF file that exists. A hub model needs its revision pinned: owner/name@commit, with all 40 digits of "
+            "the commit."
         )
     return Hub(*source.split("@"))
 
