@@ -377,7 +377,7 @@ def test_the_button_of_the_theme_gives_the_notebook_as_it_ran(pages):
 
 
 def test_the_reference_documents_everything_public(pages):
-    reference = [pages[HTML / "book" / f"{name}.html"] for name in ("api", "api-study")]
+    reference = [pages[HTML / "book" / f"{name}.html"] for name in ("api", "api-study", "api-press")]
     there = {tag["id"] for page in reference for tag in page.find_all(id=True)}
     wanted = set()
     for name in [name for package in (kncore, knpaper, knbook) for name in sphinxext.modules(package)]:
