@@ -26,13 +26,9 @@ from kncore import arch, prose, rome, tracing
 from kncore.covariance import LENGTH, SAMPLES, covariance
 from kncore.models import LM, ran_out
 from kncore.query import Query
+from knpaper import shapes
 
-MODELS = {
-    "GPT-2 XL": transformers.GPT2Config(n_embd=1600, n_layer=48, n_head=25),
-    "LLaMA-2-7B": transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-    ),
-}
+MODELS = {"GPT-2 XL": shapes.config("gpt2-xl"), "LLaMA-2-7B": shapes.config("llama-2-7b")}
 SETTINGS = {"GPT-2 XL": rome.HPARAMS["gpt2-xl"], "LLaMA-2-7B": rome.HPARAMS["llama-2-7b"]}
 PROMPT = "the old capital of {} in these days is called"  # ten tokens, as the facts of the book have on average
 COLUMNS = "model | precision | what | seconds a call: median [least, most] | calls | peak, GiB | how much".split(" | ")
@@ -65,20 +61,23 @@ def words() -> list[str]:
 
 def tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer of whole words, filled up with made-up ones, w0 and so on, to a size."""
-    known = ["[PAD]", "[UNK]", *words()]
+    known = ["[PAD]", "[UNK]", "[MASK]", *words()]
     known += [f"w{i}" for i in range(size - len(known))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    special = dict(pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 def random_model(config: transformers.PretrainedConfig, dtype: torch.dtype, device: str) -> LM:
     """Return a model with the random weights that training would begin with, made on its device."""
     torch.manual_seed(0)
+    spec = arch.spec_for(config.model_type)
+    kind = transformers.AutoModelForMaskedLM if spec.masked else transformers.AutoModelForCausalLM
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model = kind.from_config(copy.deepcopy(config), dtype=dtype)
     model = model.to(device, dtype).eval().requires_grad_(False)
-    return LM("random", "seed 0", model, tokenizer(config.vocab_size), arch.spec_for(config.model_type))
+    return LM("random", "seed 0", model, tokenizer(config.vocab_size), spec)
 
 
 def query(i: int) -> Query:

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import transformers
 from gpu import MODELS
 from report import most_memory, parser, show, table, timed
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import kncore
 from kncore import arch, quadrature, tokens
 from kncore.models import LM
 from kncore.replay import Change, capture, replay
 from kncore.tokens import Encoded
-from knpaper import stats, tasks
+from knpaper import shapes, stats, tasks
+from knpaper.shapes import Size
 
 PARAREL = 253_448  # prompts of 27,738 facts, as filtered by Dai et al. 2022, section 4.1
 BUDGET = 1024  # positions held at once, the default of kncore.attribute
@@ -31,27 +29,6 @@ COLUMNS = (
     "model | TFLOP a prompt | all prompts, EFLOP | hours at 10 TFLOP/s | hours on this machine | "
     "weights, GiB in 32 / 16 bits | held besides, GiB"
 ).split(" | ")
-
-
-class Size(NamedTuple):
-    """Weights of all parts together, of the linear layers of a block, of its output projection, and of the head."""
-
-    whole: int
-    block: int
-    projection: int
-    head: int
-    blocks: int
-
-
-def size(config: transformers.PretrainedConfig) -> Size:
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    spec = arch.spec_for(config.model_type)
-    blocks = arch.module_at(model, spec.blocks, "blocks")
-    linear = [module.weight.numel() for module in blocks[0].modules() if isinstance(module, nn.Linear | Conv1D)]
-    values = arch.value_vectors(model, spec, 0)
-    whole = sum(p.numel() for p in model.parameters())
-    return Size(whole, sum(linear), values.numel(), values.shape[1] * config.vocab_size, len(blocks))
 
 
 def paid(nodes, blocks: int) -> torch.Tensor:
@@ -114,7 +91,7 @@ def standard(prompts: int) -> tuple[float, float, float, str]:
     each = float(torch.cat(nodes).mean())
     length = sum(len(tokens.encode(lm, query).ids) for query in queries) / len(queries)
     took, grown = stats.mean(seconds), most_memory() - before
-    rate = work(size(lm.model.config), length, paid(each, len(lm.blocks)), 0) / took.value
+    rate = work(shapes.size(lm.model.config), length, paid(each, len(lm.blocks)), 0) / took.value
     block, head = held(lm.model.config, round(length))
     first = TOGETHER * (len(quadrature.START) - 1)  # rows of each block in the first pass, which is the largest
     foretold = 2 * first * sum((k + 1) * block + head for k in range(len(lm.blocks)))
@@ -132,7 +109,7 @@ def main() -> None:
     length, nodes, rate, words = standard(args.prompts)
     lines = []
     for name, config in MODELS.items():
-        model = size(config)
+        model = shapes.size(config)
         gflop = work(model, length, paid(nodes, model.blocks), 0)
         total = gflop * PARAREL
         block, head = held(config, round(length))

@@ -21,7 +21,7 @@ from toy import COMPUTE, make_checkout, notebook, snapshot
 from knbook import book, errors, pages, runner
 from kncore import zoo
 from kncore.store import disk
-from knpaper import across, audit, claims, records, rules, seeds, staleness
+from knpaper import across, audit, claims, records, rules, seeds, shapes, staleness
 from knpaper.records import checksum, package_version, read_records
 from knpaper.rules import VERDICTS, Claim
 from knpaper.stats import Estimate
@@ -304,11 +304,19 @@ def test_provenance_has_a_row_for_each_record(toy, monkeypatch):
     assert rows[1][-1] == "2026-03-04"
 
 
-def test_hub_models_without_a_record_have_the_command_that_runs_them(toy, monkeypatch):
+def test_hub_models_have_their_size_their_records_and_hours_scaled_from_a_run(toy, monkeypatch):
+    rows = {row[0].get_text(): [cell.get_text() for cell in row[1:]] for row in body(shown(toy, "hub"))}
+    assert rows.keys() == {name for name, entry in zoo.REGISTRY.items() if isinstance(entry, zoo.Hub)}
+    assert {row[-2] for row in rows.values()} == {"–"} and {row[-1] for row in rows.values()} == {"none: not run"}
+    assert rows["gpt2-xl"] == ["15ea56de", "48 × 6,400", "5.8 / 2.9", "17, 20", "–", "none: not run"]
     put(toy / "results", "fact-search", "gpt2", monkeypatch)
-    rows = {row[0].get_text(): row[-1].get_text() for row in body(shown(toy, "hub"))}
-    hub = [name for name, entry in zoo.REGISTRY.items() if isinstance(entry, zoo.Hub)]
-    assert rows == {name: f"python -m kncore run --model {name}" for name in hub if name != "gpt2"}
+    noted = 'date = "2026-01-01"\nthreads = "1"\nkncore = "1"\ntorch = "2"\ntransformers = "5"\n'
+    (toy / "results" / pages.TIMED).mkdir()
+    for number, seconds in (("01", 3600), ("02", 7200)):
+        (toy / "results" / pages.TIMED / f"{number}.toml").write_text(f"seconds = {seconds}\n{noted}")
+    rows = {row[0].get_text(): [cell.get_text() for cell in row[1:]] for row in body(shown(toy, "hub"))}
+    assert rows["gpt2"][-1] == "1" and rows["bert-base-cased"][-2] == "under 1"
+    assert float(rows["llama-2-7b"][-2]) == round(3 * 6607077376 / 493961216 * 32 / 24)
 
 
 def test_without_records_the_matrix_says_that_nothing_has_been_run(toy):
@@ -323,10 +331,11 @@ def test_without_records_the_matrix_says_that_nothing_has_been_run(toy):
 @example("*a* _b_ `c` [d](e) ![f](g) $h$ {{i}} {.j} {k}`l` | \\ <m> &amp; https://n.org --- # + 1. \n\n```\n:::")
 def test_text_in_a_template_is_shown_as_it_is(text):
     plain = " ".join(text.split())
-    entry = SimpleNamespace(revision=text)
-    page = BeautifulSoup(pages.fill("hub.html", models=[(text, entry)]), "html.parser")
+    size = shapes.size(shapes.config("gpt2"))
+    entry = dict(name=text, revision=text, size=size, rome=None, hours=None, records=text)
+    page = BeautifulSoup(pages.fill("hub.html", rows=[entry]), "html.parser")
     (row,) = body(page)
-    assert row[0].get_text().strip() == plain and row[2].get_text().endswith(plain)
+    assert row[0].get_text().strip() == plain and row[-1].get_text().strip() == plain
     assert {tag.name for tag in row[0].find_all(True)} <= {"p", "code", "span"}
 
 
