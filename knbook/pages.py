@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 import nbformat
 import pandas as pd
+from bs4 import BeautifulSoup
 from docutils.utils.smartquotes import smartyPants
 from markupsafe import Markup
 from sphinx_design.icons import get_octicon
@@ -31,6 +32,7 @@ from knpaper.staleness import stale
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 MARKS = {"supported": "✓", "contradicted": "✕", "inconclusive": "~", "not run": "·"}
 CLAIMS_PAGE = "book/claims"
+ASKED = ("asked", "prompt", "should say", "before", "after")  # the table of questions to an edited model
 TIMED = "qwen2.5-coder-0.5b"  # whose stored run began without stored scores
 
 
@@ -179,6 +181,30 @@ def counts(book: Book) -> dict:
     }
 
 
+def one_edit(book: Book) -> dict:
+    """Return what the model says before and after an edit, from the output of the chapter that follows one through.
+
+    A row for the first question of each kind: the prompt, what it should say, and the most probable answer with its
+    probability before and after. No rows where that chapter or its table is not there.
+    """
+    rows: dict[str, dict] = {}
+    cells = nbformat.read(book.chapters["00"].path, 4).cells if "00" in book.chapters else []
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    tables = [BeautifulSoup(out.get("data", {}).get("text/html", ""), "html.parser").table for out in outputs]
+    for table in tables:
+        heads, *lines = (
+            [[cell.get_text() for cell in line.select("th, td")] for line in table.select("tr")] if table else [[]]
+        )
+        if set(ASKED) <= set(heads):
+            for line in lines:
+                row = dict(zip(heads, line, strict=True))
+                rows.setdefault(
+                    row["asked"], {**row, **{when: row[when].split(", ")[0] for when in ("before", "after")}}
+                )
+            break
+    return {"rows": list(rows.values()), "page": book.page("00")}
+
+
 def marks(book: Book) -> dict:
     """Return the claims in small: a row a chapter, under each model a mark for each claim; the checks at the end."""
     rows = []
@@ -219,6 +245,7 @@ def models_compared(book: Book) -> dict:
         "kinds": {kind: across.split_by(rows, kind) for kind in across.KINDS},
         "leaning": across.leaning(rows),
         "chapters": Counter(row.claim.chapter for row in rows if row.flips).most_common(),
+        "pretrained": across.pretrained(rows),
         "target": book.target,
     }
 
@@ -383,6 +410,7 @@ def trained(book: Book) -> dict:
 TABLES: dict[str, Callable[[Book], dict]] = {
     "findings": findings,
     "counts": counts,
+    "one-edit": one_edit,
     "marks": marks,
     "filter": choices,
     "matrix": matrix,

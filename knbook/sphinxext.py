@@ -90,12 +90,15 @@ def run_folders(root: Path) -> list[Path]:
 
 
 def model_card(model: str) -> str:
-    """Return the page of a model that the chapters were run on: its card, where it comes with the package."""
+    """Return the page of a model that the chapters were run on: its card, where one comes with the package."""
+    title, text = f"# {plain(model)}", "The chapters of this book, run on this model."
+    if model not in COMPANION_MODELS:
+        text += " The run is stored: `make book` shows it and does not repeat it."
     card = SHIPPED / model / "README.md"
     if not card.is_file():
-        return f"# {plain(model)}\n\nThe chapters of this book, run on this model.\n"
+        return f"{title}\n\n{text}\n"
     title, _, rest = card.read_text(encoding="utf-8").partition("\n")
-    return f"{title}\n\nThe chapters of this book, run on a model of our own. Its card:\n{rest}"
+    return f"{title}\n\n{text} Its card:\n{rest}"
 
 
 def prepare(app: Sphinx, config: Config) -> None:

@@ -111,6 +111,17 @@ def pairs(rows: Sequence[Across]) -> list[tuple[str, str, int, int]]:
     return sorted(found, key=lambda pair: -pair[3] / pair[2])
 
 
+def pretrained(rows: Sequence[Across]) -> tuple[list[str], list[Across], list[Across]]:
+    """Return the columns of causal models that others trained on natural text, and the claims that all of them decide:
+    those with the same verdict on each, and those with opposite ones. No claims where there are not two such columns.
+    """
+    records = {column: record for row in rows for column, record in row.records.items()}
+    columns = [name for name, record in records.items() if not any(kind(record) for kind in KINDS.values())]
+    decided = [row for row in rows if len(columns) > 1 and set(columns) <= set(row.decided)]
+    alike = [row for row in decided if len({row.records[column]["verdict"] for column in columns}) == 1]
+    return columns, alike, [row for row in decided if row not in alike]
+
+
 def alone(rows: Sequence[Across]) -> dict[str, list[Across]]:
     """Return the flips in which one column stands alone against two or more, by that column."""
     found: dict[str, list[Across]] = {}

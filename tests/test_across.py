@@ -111,3 +111,18 @@ def test_pairs_count_only_what_both_decide_and_flips_name_who_stands_alone(monke
     assert across.pairs(rows)[0] == ("g", "b", 1, 1) and across.pairs(rows)[-1] == ("l", "b", 1, 0)
     assert {column: [row.claim.id for row in alone] for column, alone in across.alone(rows).items()} == {"g": ["a"]}
     assert across.leaning(rows) == {"g": (1, 0), "l": (0, 1), "b": (0, 1)}
+
+
+def test_pretrained_causal_models_are_compared_on_what_all_of_them_decide(monkeypatch):
+    records = found(
+        monkeypatch,
+        a={"g": YES, "l": YES, "b": NO, "controlled-gpt2": NO},
+        b={"g": YES, "l": NO},
+        c={"g": YES, "l": OPEN},
+        d={"g": NO},
+    )
+    columns, alike, opposite = across.pretrained(across.across(records))
+    assert sorted(columns) == ["g", "l"]
+    assert ([row.claim.id for row in alike], [row.claim.id for row in opposite]) == (["a"], ["b"])
+    lone = {key: record for key, record in records.items() if key[1] != "l"}
+    assert across.pretrained(across.across(lone)) == (["g"], [], [])

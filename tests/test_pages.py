@@ -319,6 +319,29 @@ def test_hub_models_have_their_size_their_records_and_hours_scaled_from_a_run(to
     assert float(rows["llama-2-7b"][-2]) == round(3 * 6607077376 / 493961216 * 32 / 24)
 
 
+def test_one_edit_has_a_row_for_the_first_question_of_each_kind_with_the_first_answers(tmp_path):
+    heads = "".join(f"<th>{head}</th>" for head in pages.ASKED)
+    lines = [
+        ("the request", "A is", "x", "y 0.50, z 0.10", "x 0.90"),
+        ("reversed", "x is", "A", "B 0.80", "B 0.70, A 0.1"),
+        ("reversed", "of x", "A", "C 0.80", "C 0.70"),
+    ]
+    cells = ["<tr>" + "".join(f"<td>{text}</td>" for text in line) + "</tr>" for line in lines]
+    outputs = [f"<table>{rows}</table>" for rows in ("<tr><th>other</th></tr>", f"<tr>{heads}</tr>{''.join(cells)}")]
+    shown = [nbformat.v4.new_output("display_data", {"text/html": html}) for html in outputs]
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=shown)]), tmp_path / "00-a.ipynb"
+    )
+    found = SimpleNamespace(chapters={"00": SimpleNamespace(path=tmp_path / "00-a.ipynb")}, page=lambda number: "")
+    rows = pages.one_edit(found)["rows"]
+    assert [tuple(row[name] for name in pages.ASKED) for row in rows] == [
+        ("the request", "A is", "x", "y 0.50", "x 0.90"), ("reversed", "x is", "A", "B 0.80", "B 0.70"),
+    ]  # fmt: skip
+    table = BeautifulSoup(pages.fill("one-edit.html", rows=rows), "html.parser")
+    assert [row[0].get_text().strip() for row in body(table)] == ["A is …", "x is …"]
+    assert pages.one_edit(SimpleNamespace(chapters={}, page=lambda number: ""))["rows"] == []
+
+
 def test_without_records_the_matrix_says_that_nothing_has_been_run(toy):
     rows = shown(toy, "matrix").select("tr[data-model]")
     assert [row.get_text() for row in rows] == ["not run on tiny"] * len(PLAIN)

@@ -146,6 +146,8 @@ def test_the_page_of_a_model_that_comes_with_the_package_is_its_card(tmp_path, m
     (tmp_path / "known" / "README.md").write_text("# known\n\nMade of sugar.\n")
     text = sphinxext.model_card("known")
     assert text.startswith("# known\n") and text.endswith("Made of sugar.\n") and text.count("# ") == 1
+    assert "`make book` shows it and does not repeat it" in text
+    assert "does not repeat" not in sphinxext.model_card("controlled-gpt2")
 
 
 def test_prose_gets_the_numbers_of_its_own_model_and_no_other(site):
