@@ -62,7 +62,8 @@ def agreement(rows: pd.DataFrame) -> list[dict]:
 def curve(part: pd.DataFrame, claim: Claim) -> dict:
     """Return the specification curve of one claim in pixels: its specifications by value, and below each its choices.
 
-    `intervals` and `choices` are paths of SVG, by verdict and by choice; `points` are (x, y, verdict, words).
+    `intervals`, `points` and `choices` are paths of SVG, by verdict and by choice: each specification begins at its x,
+    and `number` is how many there are.
     """
     part = part.sort_values("value", kind="stable").reset_index(drop=True)
     ends = part[["low", "high"]].clip(part.value.quantile(0.01) - 3, part.value.quantile(0.99) + 3)
@@ -77,13 +78,11 @@ def curve(part: pd.DataFrame, claim: Claim) -> dict:
         return f"{8 + (PLOT - 16) * (last - value) / (last - first or 1):.1f}"
 
     intervals: dict[str, str] = {}
-    points = []
+    points: dict[str, str] = {}
     for i, row in part.iterrows():
         x, high, low = across(i), down(ends.high[i]), down(ends.low[i])
         intervals[row.verdict] = intervals.get(row.verdict, "") + f"M{x} {high}V{low}"
-        made = ", ".join(f"{row[factor]}" for factor in FACTORS if pd.notna(row[factor]))
-        words = f"{row.verdict}, {row.value:.2f} [{row.low:.2f}, {row.high:.2f}], n = {row.units:.0f}: {made}"
-        points.append((x, down(row.value), row.verdict, words))
+        points[row.verdict] = points.get(row.verdict, "") + f"M{x} {down(row.value)}h0"
     choices, y = [], PLOT
     for factor, levels in FACTORS.items():
         used = [level for level in levels if (part[factor] == level).any()]
@@ -94,6 +93,7 @@ def curve(part: pd.DataFrame, claim: Claim) -> dict:
     return {
         "intervals": intervals,
         "points": points,
+        "number": len(part),
         "choices": choices,
         "borders": [(down(x), f"{x:g}") for x in borders],
         "step": f"{max(step * 0.9, 0.6):.2f}",

@@ -485,6 +485,21 @@ def test_the_marks_are_walked_by_arrow_keys_and_say_what_they_mean(page):
     expect(page).to_have_url(re.compile(r"claims\.html#[a-z-]+$"))
 
 
+def test_the_choices_behind_a_dot_of_a_curve_are_said_to_pointer_and_keyboard(page):
+    page.goto("/book/multiverse.html")
+    details = page.locator("details.multiverse").first
+    details.locator("summary").click()
+    curve, status = details.locator("svg.curve"), details.locator("[role=status]")
+    curve.hover()
+    assert re.fullmatch(r"\d+ of \d+: (supported|contradicted|inconclusive), .+", status.inner_text())
+    curve.focus()
+    before, after = status.inner_text(), None
+    page.keyboard.press("ArrowRight")
+    after = status.inner_text()
+    assert int(after.split(" ")[0]) == int(before.split(" ")[0]) + 1
+    assert {choice.split(": ")[0] for choice in after.split(": ", 1)[1].split(", ")[1:]} >= {"site", "model"}
+
+
 @pytest.mark.parametrize("width", [390, 768, 1300, 1920])
 @each(["book/index", "book/claims", "book/across-models"])
 def test_no_table_of_claims_is_clipped(page, name, width):
