@@ -23,6 +23,7 @@ from knpaper.words import next_words
 OWN, UPPER, ANOTHER = "its own", "its own, without block 0", "another fact's"
 ACTIVE, RANDOM = "the most active", "random"
 UNSPECIFIC = "unspecific damage of the same size"
+SUREST = 1e-6  # the least probability of all other words together
 DAMAGE = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 120, 200)  # active neurons, of which the number is matched to a loss
 
 
@@ -150,6 +151,19 @@ def enhanced(held: CapturedPrompts, facts: Sequence[Group], factor: float = 2.0)
         ablations += [Ablation(p, fact.neurons, factor, OWN) for p in fact.prompts]
         ablations += [Ablation(p, another, factor, ANOTHER) for p in fact.prompts]
     return ablation.measure(held, ablations)
+
+
+def odds_gains(edits: pd.DataFrame) -> pd.Series:
+    """Return by row of `ablation.measure` the gain of the answer's log-odds in nats, after minus before.
+
+    Unlike log P, log-odds have no ceiling. An answer counts as no surer than 1 − 10⁻⁶, about which rounding decides.
+    """
+
+    def odds(when: str) -> pd.Series:
+        logp = edits[f"logp_{when}"].clip(upper=np.log1p(-SUREST))
+        return logp - np.log(-np.expm1(logp))
+
+    return odds("after") - odds("before")
 
 
 # ----------------------------------------------------------------------------------------------------- other prompts

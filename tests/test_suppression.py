@@ -233,6 +233,13 @@ def test_unspecific_damage_costs_an_answer_about_as_much_as_its_own_neurons(held
     assert damaged[damaged.item == fact.name].loss.mean() == pytest.approx(nearest, abs=1e-4)
 
 
+def test_gains_of_odds_are_those_of_the_probabilities_and_end_at_the_surest():
+    p = np.array([[0.5, 0.8], [0.9, 0.1], [1.0, 0.5]])
+    table = pd.DataFrame(np.log(p), columns=["logp_before", "logp_after"])
+    expected = [np.log(4), np.log(1 / 9 / 9), -np.log((1 - 1e-6) / 1e-6)]
+    assert np.allclose(suppression.odds_gains(table), expected)
+
+
 def test_enhanced_neurons_are_the_facts_own_and_another_facts(held_groups):
     held, facts, _ = held_groups
     table = suppression.enhanced(held, facts, 3.0).set_index(["prompt", "label"])
