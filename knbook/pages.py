@@ -56,10 +56,14 @@ class Book:
 
     @property
     def models(self) -> list[str]:
-        """The notebooks' own models, on whatever data, then all others with a record."""
+        """The notebooks' own models, on whatever data, then all others with a record, the controlled ones last."""
         own = {str(chapter.defaults["model"]) for chapter in self.chapters.values() if "model" in chapter.defaults}
         rest = {name for _, name in self.judged} - own
-        return [*sorted(own), *sorted(rest, key=lambda name: (name.partition(", ")[0] not in own, name))]
+
+        def order(name: str) -> tuple[bool, bool, str]:
+            return name.partition(", ")[0] not in own, name.startswith("controlled-"), name
+
+        return [*sorted(own), *sorted(rest, key=order)]
 
     @property
     def judged(self) -> Mapping[tuple[str, str], Mapping]:

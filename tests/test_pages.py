@@ -338,7 +338,7 @@ def test_one_edit_has_a_row_for_the_first_question_of_each_kind_with_the_first_a
         ("the request", "A is", "x", "y 0.50", "x 0.90"), ("reversed", "x is", "A", "B 0.80", "B 0.70"),
     ]  # fmt: skip
     table = BeautifulSoup(pages.fill("one-edit.html", rows=rows), "html.parser")
-    assert [row[0].get_text().strip() for row in body(table)] == ["A is …", "x is …"]
+    assert [row[0].get_text().strip() for row in body(table)] == ["A is\xa0…", "x is\xa0…"]
     assert pages.one_edit(SimpleNamespace(chapters={}, page=lambda number: ""))["rows"] == []
 
 
