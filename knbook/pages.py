@@ -167,11 +167,22 @@ def power(record: Mapping) -> str:
 
 
 def findings(book: Book) -> dict:
-    """Return the claims that speak most widely for either side: each with its verdict, and on how many models."""
+    """Return the claims that speak most widely for either side: each with its verdict, on how many models of how many,
+    whether all of these are controlled ones, and on how many of them training seeds do not confirm it."""
     rows, widely = across.across(across.own(book.judged)), {}
     for side in SIDES[:2]:
         found = across.evidence(rows, side)
-        widely[side] = [(row.claim, verdict, len(here), len(row.records)) for row, verdict, here in found]
+        widely[side] = [
+            (
+                row.claim,
+                verdict,
+                len(here),
+                len(row.records),
+                all(model.startswith("controlled-") for model in here),
+                sum(bool(row.records[model]["over_seeds"]) for model in here),
+            )
+            for row, verdict, here in found
+        ]
     return {"widely": widely}
 
 
@@ -260,8 +271,10 @@ def _side(row: across.Across) -> str:
 
 
 def by_agreement(book: Book) -> dict:
-    """Return claims × models, on whatever data, from the claims on which the models agree to those that flip."""
-    return {"rows": across.across(book.judged), "models": book.models, "target": book.target}
+    """Return claims × models, on whatever data, from the claims on which the models agree to those that flip; public
+    data count for neither."""
+    rows = across.across(across.own(book.judged))
+    return {"rows": rows, "models": book.models, "records": _records(book), "target": book.target}
 
 
 def agreement(book: Book) -> dict:
@@ -303,7 +316,8 @@ def multiverse(book: Book) -> dict:
     counts = specifications.agreement(rows) if len(rows) else []
     found = []
     for claim, part in rows.groupby("claim", sort=False):
-        mine = [count for count in counts if count["claim"] == claim]
+        voids = {model for (name, model), record in book.records.items() if name == claim and record["void"]}
+        mine = [{**count, "void": count["model"] in voids} for count in counts if count["claim"] == claim]
         found.append(
             {"claim": claims.CLAIMS[claim], "curve": specifications.curve(part, claims.CLAIMS[claim]), "counts": mine}
         )

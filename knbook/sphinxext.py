@@ -355,6 +355,25 @@ def write_downloads(app: Sphinx, error: Exception | None) -> None:
     """Write beside the pages what readers can download."""
     if error is None and app.builder.name == "html":
         provenance.write_downloads(app.book, app.book_info, Path(app.outdir))
+        write(Path(app.outdir) / "llms.txt", list_of_pages(app))
+
+
+def list_of_pages(app: Sphinx) -> str:
+    """Return a list of all pages by part of the book, in the form of llms.txt, for programs that read the site."""
+    root = Path(app.srcdir)
+    toc = with_runs(contents(root), root)
+    parts = {"Start": [toc["root"]]}
+    for part in toc.get("parts", []):
+        parts[part.get("caption", "Pages")] = pages_of({**toc, "parts": [part]})[1:]
+    lines = [f"# {app.config.html_title}", "", "> Every number was computed by the notebook of its page.", ""]
+    if (Path(app.outdir) / "records" / "all.json").is_file():
+        lines += ["All verdicts with effect, interval, rule and origin: [records/all.json](records/all.json)", ""]
+    for caption, names in parts.items():
+        lines += [f"## {caption}", ""]
+        lines += [f"- [{app.env.titles[name].astext()}]({name}.html)" for name in names if name in app.env.titles] + [
+            ""
+        ]
+    return "\n".join(lines)
 
 
 def skip_member(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:

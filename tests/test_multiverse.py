@@ -99,9 +99,13 @@ def test_a_curve_has_its_specifications_by_value_and_its_choices_below():
 
 
 def test_the_page_shows_counts_and_curves_and_says_where_there_are_none(tmp_path):
-    book = SimpleNamespace(root=tmp_path, page=lambda chapter: "")
+    book = SimpleNamespace(root=tmp_path, page=lambda chapter: "", records={(CLAIM.id, "m"): {"void": True}})
     assert "Not run" in pages.table("multiverse", book)
     (tmp_path / "results").mkdir()
     rows(["supported", "contradicted"]).to_csv(tmp_path / "results" / "multiverse.tsv", sep="\t", index=False)
     shown = pages.table("multiverse", book)
-    assert "1 of 2 (50 %)" in shown and len(re.findall(r"M[\d.]+ [\d.]+h0", shown)) == 2
+    assert (
+        "supported</span>, void" in shown
+        and "1 of 2 (50 %)" in shown
+        and len(re.findall(r"M[\d.]+ [\d.]+h0", shown)) == 2
+    )

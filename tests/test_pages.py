@@ -429,9 +429,27 @@ def test_the_findings_count_by_side_and_name_what_speaks_for_either(toy, monkeyp
     assert thesis.find("li").get_text() == "a is so. Supported on 2 of 3 models."
     assert (paper["class"], thesis["class"]) == (["for-paper"], ["for-thesis"])
     said = " ".join(shown(toy, "counts").get_text().split())
-    assert "Of 6 verdicts on 3 models, 2 speak for the thesis, 3 for the paper and 1 for neither." in said
+    assert (
+        "Of 6 verdicts on 3 models, 0 are inconclusive. Of the 6 decided ones, 2 speak for the thesis, 3 for the paper"
+        in said
+    )
     assert "3 follow a rule that was fixed before their number was known, 3 are exploratory." in said
     assert "1 of 2 claims that two or more models decide have opposite verdicts." in said
+
+
+def test_the_findings_say_where_they_rest_on_models_trained_here_and_seeds_do_not_confirm_them(monkeypatch):
+    claim = claim_of("a", "supported", "contradicted")
+    records = {
+        ("a", f"controlled-{kind}"): {
+            "claim": "a", "model": f"controlled-{kind}", "verdict": "supported", "side": "the thesis", "over_seeds": seeds,
+        }
+        for kind, seeds in (("gpt2", ""), ("bert", "unstable over seeds"))
+    }  # fmt: skip
+    declare(monkeypatch, claim)
+    ((found,),) = [pages.findings(SimpleNamespace(judged=records))["widely"]["the thesis"]]
+    assert found == (claim, "supported", 2, 2, True, 1)
+    text = pages.fill("findings.html", widely={"the thesis": [found], "the paper": []})
+    assert "Supported on 2 of 2 models, all of them trained for this book; on 1 of them other training seeds" in text
 
 
 def test_without_records_nothing_is_said_to_be_found(toy):

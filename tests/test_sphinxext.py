@@ -150,6 +150,15 @@ def test_the_page_of_a_model_that_comes_with_the_package_is_its_card(tmp_path, m
     assert "does not repeat" not in sphinxext.model_card("controlled-gpt2")
 
 
+def test_the_list_of_pages_names_each_page_once_and_all_of_them_are_there(site):
+    text = (site / "llms.txt").read_text(encoding="utf-8")
+    links = re.findall(r"\[(.+)\]\((.+)\)", text)
+    toc = sphinxext.with_runs(sphinxext.contents(site.parent.parent), site.parent.parent)
+    assert [link for _, link in links] == ["records/all.json", *(f"{name}.html" for name in sphinxext.pages_of(toc))]
+    assert all((site / link).is_file() for _, link in links)
+    assert "## The same on other models" in text and ("1 · Toy", f"{RUN}.html") in links
+
+
 def test_prose_gets_the_numbers_of_its_own_model_and_no_other(site):
     told = {name: page(site, name).find("p").get_text() for name in ("notebooks/01-toy", RUN, BLANKS)}
     assert told["notebooks/01-toy"] == "0.12 12 % 0.12 [0.10, 0.50] supported 0.46"
