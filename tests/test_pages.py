@@ -439,12 +439,11 @@ def test_the_findings_count_by_side_and_name_what_speaks_for_either(toy, monkeyp
 
 def test_the_findings_say_where_they_rest_on_models_trained_here_and_seeds_do_not_confirm_them(monkeypatch):
     claim = claim_of("a", "supported", "contradicted")
+    record = {"claim": "a", "verdict": "supported", "side": "the thesis"}
     records = {
-        ("a", f"controlled-{kind}"): {
-            "claim": "a", "model": f"controlled-{kind}", "verdict": "supported", "side": "the thesis", "over_seeds": seeds,
-        }
-        for kind, seeds in (("gpt2", ""), ("bert", "unstable over seeds"))
-    }  # fmt: skip
+        ("a", model): record | {"model": model, "over_seeds": seeds}
+        for model, seeds in (("controlled-gpt2", ""), ("controlled-bert", "unstable over seeds"))
+    }
     declare(monkeypatch, claim)
     ((found,),) = [pages.findings(SimpleNamespace(judged=records))["widely"]["the thesis"]]
     assert found == (claim, "supported", 2, 2, True, 1)
@@ -473,7 +472,7 @@ def test_models_are_set_side_by_side(toy, monkeypatch, family):
     assert "Another 1 are decided on one model at most" in said
     assert "b is so. Supported on 2 of 3 models, open on the others." in said
     assert "a is so. Supported on z (0.80 [0.60, 0.90]); contradicted on controlled-x (0.80" in said
-    assert "Models trained here, on sentences of our own: 1 of the 1 flips" in said
+    assert "Models trained here, on sentences of our own: in 1 of the 1 flips" in said
     assert "Masked models:" not in said, "none of these models is masked"
     assert "z stands alone against at least two others in 1 of the 1." in said
     assert "z and controlled-y differ most: opposite verdicts on 1 of the 1 claims" in said
