@@ -50,7 +50,7 @@ class Claim:
     fixed: str = ""
     exploratory: str = ""
     check: bool = False
-    needs: str = ""
+    needs: str = ""  # names of checks, apart by blanks
     neutral: str = ""
 
     @property
@@ -118,7 +118,8 @@ def void(records: Iterable[Mapping]) -> set[tuple[str, str, str]]:
     """Return those of the records whose claim needs a check that failed on the same model and data: claim, model and
     source of each."""
     verdicts = {(record["claim"], record["model"], record["source"]): record["verdict"] for record in records}
-    return {key for key in verdicts if verdicts.get((CLAIMS[key[0]].needs, *key[1:])) == "contradicted"}
+    failed = {key for key, verdict in verdicts.items() if verdict == "contradicted"}
+    return {key for key in verdicts if any((check, *key[1:]) in failed for check in CLAIMS[key[0]].needs.split())}
 
 
 CLAIMS = {claim_id: Claim(claim_id, **fields) for claim_id, fields in resources.toml("claims.toml").items()}

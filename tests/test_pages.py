@@ -501,7 +501,7 @@ def test_a_verdict_that_its_seeds_do_not_share_is_marked_and_further_seeds_are_n
 
 def test_a_claim_whose_check_failed_is_void_and_one_on_too_few_seeds_is_not_called_unstable(toy, monkeypatch):
     check = claim_of("took", "", "", check=True)
-    declare(monkeypatch, claim_of("a", "supported", "contradicted", needs="took", exploratory="seen"), check)
+    declare(monkeypatch, claim_of("a", "supported", "contradicted", needs="absent took", exploratory="seen"), check)
     recorded(toy, monkeypatch, a={"x": "supported", "controlled-gpt2": "supported"}, took={"x": "contradicted"})
     for seed, verdict in ((1, "contradicted"), (2, "supported")):
         put(toy / "results", "a", f"controlled-gpt2-{seed}", monkeypatch)
