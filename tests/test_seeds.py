@@ -58,9 +58,14 @@ def test_seeds_on_which_the_edit_was_not_made_are_left_out():
 
 
 def test_a_claim_is_void_where_its_check_failed_on_the_same_model_and_data():
-    needing = {claim.id: claim.needs for claim in rules.CLAIMS.values() if claim.needs}
-    assert needing and all(rules.CLAIMS[check].check for check in needing.values())
-    claim, check = next(iter(needing.items()))
+    needing = [(claim.id, check) for claim in rules.CLAIMS.values() for check in claim.needs.split()]
+    assert len(dict(needing)) < len(needing) and all(rules.CLAIMS[check].check for _, check in needing)
+    twice = next(claim for claim, _ in needing if sum(claim == other for other, _ in needing) > 1)
+    for claim, check in {needing[0], *(pair for pair in needing if pair[0] == twice)}:
+        expect_void(claim, check)
+
+
+def expect_void(claim: str, check: str) -> None:
     some = records([0.0], "contradicted", claim) + records([0.0], "contradicted", check)
     assert rules.void(some) == {(claim, "controlled-gpt2", "own")}
     for change in ({"verdict": "supported"}, {"model": "other"}, {"source": "public"}):
