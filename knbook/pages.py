@@ -193,6 +193,7 @@ def counts(book: Book) -> dict:
         "counts": across.tally(book.judged) | audit.multiplicity(list(book.judged.values())),
         "flips": sum(row.flips for row in rows),
         "compared": sum(len(row.decided) > 1 for row in rows),
+        "pretrained": across.pretrained(rows),
     }
 
 

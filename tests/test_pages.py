@@ -435,6 +435,7 @@ def test_the_findings_count_by_side_and_name_what_speaks_for_either(toy, monkeyp
     )
     assert "3 follow a rule that was fixed before their number was known, 3 are exploratory." in said
     assert "1 of 2 claims that two or more models decide have opposite verdicts." in said
+    assert "The pretrained causal models, z and y and x, decide 1 claims together, 0 of them alike." in said
 
 
 def test_the_findings_say_where_they_rest_on_models_trained_here_and_seeds_do_not_confirm_them(monkeypatch):
