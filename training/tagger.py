@@ -40,7 +40,7 @@ NAMES = {  # of a DistilBERT, and of a BERT
     "ffn.lin2": "output.dense",
     "output_layer_norm": "output.LayerNorm",
 }
-STEPS, RATE, WARM, EVERY = 600, 1.5e-3, 0.05, 50
+STEPS, RATE, WARM, EVERY = 300, 1.5e-3, 0.05, 50
 SPECIAL = {
     name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 }
