@@ -38,7 +38,7 @@ def differing(before: dict[str, torch.Tensor], lm: kncore.LM) -> list[str]:
 @pytest.mark.parametrize("name", PAPER)
 def test_the_kernels_run_on_the_papers_models_at_full_width_reduced_in_depth(name):
     config = shapes.config(name)
-    config.num_hidden_layers = depth = 1 if name == "llama-2-7b" else 2
+    config.num_hidden_layers = depth = 2  # with one block nothing that is changed at the subject is read at the end
     lm = gpu.random_model(config, torch.float32, "cpu")
     assert lm.n_neurons == shapes.size(shapes.config(name)).neurons
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
