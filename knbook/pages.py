@@ -218,7 +218,7 @@ def one_edit(book: Book) -> dict:
                     row["asked"], {**row, **{when: row[when].split(", ")[0] for when in ("before", "after")}}
                 )
             break
-    return {"rows": list(rows.values()), "page": book.page("00")}
+    return {"rows": list(rows.values())}
 
 
 def marks(book: Book) -> dict:

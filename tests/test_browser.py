@@ -493,7 +493,7 @@ def test_the_choices_behind_a_dot_of_a_curve_are_said_to_pointer_and_keyboard(pa
     curve.hover()
     assert re.fullmatch(r"\d+ of \d+: (supported|contradicted|inconclusive), .+", status.inner_text())
     curve.focus()
-    before, after = status.inner_text(), None
+    before = status.inner_text()
     page.keyboard.press("ArrowRight")
     after = status.inner_text()
     assert int(after.split(" ")[0]) == int(before.split(" ")[0]) + 1

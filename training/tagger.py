@@ -41,9 +41,7 @@ NAMES = {  # of a DistilBERT, and of a BERT
     "output_layer_norm": "output.LayerNorm",
 }
 STEPS, RATE, WARM, EVERY = 300, 1.5e-3, 0.05, 50
-SPECIAL = {
-    name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-}
+SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
