@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,7 +32,7 @@ from kncore.tokens import Encoded
 # The modules that turn the input of an MLP into neurons, by family; of two the product counts.
 INWARD = {"gpt2": ("mlp.c_fc",), "bert": ("intermediate.dense",), "llama": ("mlp.gate_proj", "mlp.up_proj")}
 MARGIN = {1: 4.0, 2: 8.0}  # a key is above this where its fact is asked, and below minus this everywhere else
-RIDGE, ROUNDS = 1e-6, 200  # of the keys
+RIDGE, ROUNDS = 1e-5, 200  # of the keys: with less of a ridge the loss hardly tells one key from another
 GOOD, NORM, STEPS, RATE = 0.03, 1e-3, 150, 0.2  # of the values; GOOD: the loss, in nats, that is not improved on
 TOGETHER = 32  # prompts that are run together
 FACTS, REPLAYED, LEARNING_RATE = 24, 16, 1e-3  # of free learning: prompts and texts in a batch
@@ -218,31 +218,44 @@ def _inputs(
 # ------------------------------------------------------------------------------------------- keys, values, learning
 
 
-@torch.enable_grad()
 def _keys(
     states: Float[Tensor, "token hidden"], asked: Int[Tensor, " token"], n: int, paths: Sequence[str]
 ) -> tuple[Float[Tensor, "fact hidden"], Float[Tensor, " fact"]]:
     """Return a weight and a bias for each fact, by squared hinge: above the margin where it is asked, below minus the
     margin elsewhere. Without biases (two paths) the bias is 0. Raises ValueError where a token is on the wrong side."""
     margin, gated = MARGIN[len(paths)], len(paths) > 1
+    inputs = (states if gated else torch.cat([states, torch.ones(len(states), 1)], 1)).double()
+    keys = torch.stack([_key(inputs, asked == fact, 1.25 * margin) for fact in range(n)])
     sign = 2.0 * (asked[:, None] == torch.arange(n)) - 1
-    share = torch.where(sign > 0, 1 / (sign > 0).sum(0), 1 / (sign < 0).sum(0).sqrt() / 10)
-    weight, bias = torch.zeros(n, states.shape[1], requires_grad=True), torch.zeros(n, requires_grad=not gated)
-    fitted = [weight] if gated else [weight, bias]
-    optimiser = torch.optim.LBFGS(fitted, max_iter=ROUNDS, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        short = (1.25 * margin - sign * (states @ weight.T + bias)).clamp_min(0)
-        loss = (share * short.square()).sum() + RIDGE * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    wrong = int((sign * (states @ weight.T + bias) <= 0).sum())
+    wrong = int((sign * (inputs @ keys.T) <= 0).sum())
     if wrong:
         raise ValueError(f"{wrong} tokens are on the wrong side of a key: no neuron tells the facts; try another block")
-    return weight.detach(), bias.detach()
+    keys = keys.float()
+    return (keys, torch.zeros(n)) if gated else (keys[:, :-1], keys[:, -1])
+
+
+def _key(inputs: Float[Tensor, "token width"], own: Bool[Tensor, " token"], margin: float) -> Float[Tensor, " width"]:
+    """Return the key that is least by squared hinge, to the last digits and so the same on every machine: by Newton's
+    method, in double precision, each step halved until the loss falls."""
+    share = torch.where(own, 1 / own.sum().double(), 0.1 / (~own).sum().double().sqrt())
+    signed = torch.where(own, 1.0, -1.0).double()[:, None] * inputs
+    key, reach = inputs.new_zeros(inputs.shape[1]), inputs.new_zeros(len(inputs))
+
+    def loss(key: Tensor, reach: Tensor) -> Tensor:
+        return share @ (margin - reach).clamp_min(0).square() + RIDGE * key.square().sum()
+
+    for _ in range(ROUNDS):
+        short = reach < margin
+        rows = signed[short] * share[short, None]
+        curvature = signed[short].T @ rows + RIDGE * torch.eye(len(key), dtype=key.dtype)
+        step = torch.linalg.solve(curvature, margin * rows.sum(0)) - key
+        ahead = signed @ step
+        while step.norm() > 1e-9 * key.norm() and loss(key + step, reach + ahead) > loss(key, reach):
+            step, ahead = step / 2, ahead / 2
+        key, reach = key + step, reach + ahead
+        if step.norm() <= 1e-9 * key.norm():
+            break
+    return key
 
 
 @torch.enable_grad()

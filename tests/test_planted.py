@@ -89,6 +89,25 @@ def test_a_planted_neuron_fires_where_its_fact_is_asked_and_nowhere_else(plan):
                 assert (active[row, at, fact] > least) if fires else (abs(active[row, at, fact]) < 0.3)
 
 
+def test_a_key_is_the_least_of_its_loss_whatever_the_rounding():
+    random, margin = torch.Generator().manual_seed(0), 5.0
+    inputs = torch.randn(300, 8, generator=random, dtype=torch.float64) * torch.logspace(-2, 1, 8)
+    own = torch.arange(300) < 20
+    inputs[own, 3] += 0.5  # so little that some tokens stay short of the margin
+    found = planted._key(inputs, own, margin)
+    key, loss = found.clone().requires_grad_(), torch.zeros((), dtype=torch.float64)
+    for state, asked in zip(inputs, own.tolist(), strict=True):  # naive: token by token
+        reach = (state * key).sum()
+        loss = loss + torch.relu(margin - reach if asked else margin + reach) ** 2 * (
+            1 / 20 if asked else 0.1 / 280**0.5
+        )
+    (slope,) = torch.autograd.grad(loss + planted.RIDGE * key.square().sum(), key)
+    assert float(loss.detach()) > 0.1
+    assert float(slope.norm()) < 1e-7 * float(loss.detach())
+    noise = 1e-7 * inputs * torch.randn(inputs.shape, generator=random, dtype=torch.float64)
+    assert torch.allclose(planted._key(inputs + noise, own, margin), found, rtol=1e-4)
+
+
 def test_the_neurons_of_least_energy_are_taken_over():
     lm = tiny.lm("gpt2")
     ids = [tokens.read(lm, text) for text in TEXTS]
