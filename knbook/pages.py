@@ -7,6 +7,7 @@ come from anywhere.
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from sphinx_design.icons import get_octicon
 from knbook.checkout import COMPANION_MODELS, Chapter, chapters, is_comparison, slug, timing
 from knbook.errors import UsageError
 from kncore import rome, zoo
-from knpaper import across, audit, claims, corpus, rules, seeds, shapes, specifications, stored
+from knpaper import across, audit, claims, corpus, playground, rules, seeds, shapes, specifications, stored
 from knpaper.figures import FACTS, GRAMMAR
 from knpaper.records import EARLIER, column_of, effect, read_records
 from knpaper.rules import SIDES, VERDICTS, WITHDRAWN, Claim
@@ -426,6 +427,12 @@ def trained(book: Book) -> dict:
     return {"models": models, "rows": rows, "further": further}
 
 
+def recorded(book: Book) -> dict:
+    """Return the record of the playground; None where it was not made."""
+    path = book.root / "results" / playground.FILE
+    return {"record": json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None}
+
+
 TABLES: dict[str, Callable[[Book], dict]] = {
     "findings": findings,
     "counts": counts,
@@ -446,6 +453,7 @@ TABLES: dict[str, Callable[[Book], dict]] = {
     "hub": hub_models,
     "corpus": lambda book: {"counts": _corpus_counts()},
     "trained": trained,
+    "playground": recorded,
 }
 
 

@@ -356,6 +356,10 @@ def write_downloads(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.name == "html":
         provenance.write_downloads(app.book, app.book_info, Path(app.outdir))
         write(Path(app.outdir) / "llms.txt", list_of_pages(app))
+        # A script, and not JSON, since pages that are opened from disk may read no other files.
+        if record := pages.recorded(app.book)["record"]:
+            text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+            write(Path(app.outdir) / "_static" / "playground-data.js", f"const PLAYGROUND = {text};\n")
 
 
 def list_of_pages(app: Sphinx) -> str:

@@ -14,6 +14,7 @@ from knpaper.stats import Estimate
 
 VERDICTS = ("supported", "contradicted", "inconclusive")
 SIDES = ("the thesis", "the paper", "neither")
+PLURALS = {"phenomenon": "phenomena", "pair of edits": "pairs of edits"}  # of units, where it is no s at the end
 CHECKED = {"supported": "passed", "contradicted": "failed", "inconclusive": "undecided"}  # what a check is said to be
 
 
@@ -56,7 +57,7 @@ class Claim:
     @property
     def units(self) -> str:
         """What is counted, in the plural."""
-        return f"{self.unit or 'unit'}s".replace(" or ", "s or ")
+        return PLURALS.get(self.unit) or f"{self.unit or 'unit'}s".replace(" or ", "s or ")
 
     @property
     def border(self) -> str:
