@@ -201,7 +201,7 @@ def record(model: str = MODEL, seed: int = SEED) -> dict:
     found = attribute(lm, queries, progress=True)
     held, facts, conditions = groups.capture(lm, relations, pairs, m, found.scores)
     named = {f"{chapter.spaced(fact.task)}: {held.queries[fact.prompts[0]].subject}": fact for fact in facts}
-    named |= {f"{chapter.spaced(task)}, {value}": group for (task, value), group in conditions.items()}
+    named |= {f"{chapter.spaced(task)}: {value}": group for (task, value), group in conditions.items()}
     scholars, _ = stimuli.scholars(lm, SCHOLARS, seed)
     return {
         "model": lm.name,

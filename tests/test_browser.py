@@ -7,6 +7,7 @@ Without a browser these tests are skipped, or fail where KNCORE_BROWSER=required
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import threading
@@ -446,6 +447,51 @@ def test_without_scripts_there_are_pictures(browser, site, name):
         page.goto(f"/{name}.html")
         assert page.locator("figure img").first.is_visible()
         assert not any(place.is_visible() for place in page.locator(".look").all())
+
+
+@pytest.fixture(scope="session")
+def recorded() -> dict:
+    return json.loads((ROOT / "results" / "playground.json").read_text(encoding="utf-8"))
+
+
+def test_the_playground_answers_to_the_keyboard(page, recorded):
+    page.goto("/book/playground.html")
+    edits, chosen = page.locator(".playground[data-part=edits]"), recorded["edits"][1]
+    edits.locator("select").focus()
+    page.keyboard.press("ArrowDown")
+    expect(edits.locator(".request")).to_contain_text(chosen["subject"])
+    expect(page).to_have_url(re.compile(f"#edit={chosen['subject'].split()[0]}"))
+    for editor, says in chosen["says"].items():
+        if editor != "unedited":
+            edits.get_by_label(editor, exact=True).focus()
+            page.keyboard.press("Space")
+            shown = edits.locator("li > dl > div:last-child dd").all_inner_texts()
+            assert [text.partition("\n")[0].strip() for text in shown] == says
+            expect(edits.locator("[role=status]")).to_contain_text(f"{editor}, as it should be: the request")
+
+
+def test_the_playground_suppresses_as_many_neurons_as_the_slider_says(page, recorded):
+    page.goto("/book/playground.html")
+    doses, dose = page.locator(".playground[data-part=doses]"), recorded["doses"][0]
+    doses.locator("input").focus()
+    page.keyboard.press("End")
+    expect(doses.locator("output")).to_have_text(f"{dose['sizes'][-1]} neurons suppressed")
+    first = [li.locator("dt").first.inner_text() for li in doses.locator("ol > li").all()]
+    assert first == [prompt["words"][0][0] for prompt in dose["says"][-1]]
+
+
+def test_a_neuron_of_the_playground_has_an_address_and_leads_to_what_it_was_found_for(page, recorded):
+    neuron = recorded["neurons"][3]
+    page.goto(f"/book/playground.html#neuron={neuron['neuron']}")
+    shown = page.locator(".playground[data-part=neurons]")
+    expect(shown.locator("[role=status]")).to_have_text(f"Neuron {neuron['neuron']}")
+    expect(shown.locator("select")).to_be_focused()
+    link = shown.locator("dd:last-child a").first
+    link.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".playground[data-part=doses] select")).to_be_focused()
+    label = page.locator(".playground[data-part=doses] select option:checked").inner_text()
+    assert neuron["found"][0][0].endswith(f": {label}")
 
 
 def test_the_claims_are_filtered(page):
