@@ -197,7 +197,7 @@ def test_a_workflow_pins_its_actions_and_may_only_what_it_needs(path):
     workflow = yaml.safe_load(text)
     assert workflow["permissions"] in ({}, {"contents": "read"})
     granted = {"pages:deploy": {"pages": "write", "id-token": "write"}}
-    granted |= dict.fromkeys(("pages:colab", "pages:archive"), {"contents": "write"})
+    granted |= dict.fromkeys(("pages:colab", "pages:archive", "release:attach"), {"contents": "write"})
     granted["pages:build"] = {"contents": "read", "pages": "read"}
     for name, job in workflow["jobs"].items():
         allowed = granted.get(f"{path.stem}:{name}", {"contents": "read"})
