@@ -64,7 +64,7 @@ def edits_of(lm: LM, drawn: Sequence[Case], names: Mapping[str, str], what: str)
         queries = [(kind, query) for kind, queries in case.queries.items() for query in queries]
         prompts = [query.prompt for _, query in queries]
         by = {"unedited": Edit()} | {label: of[i] for label, of in edits.items() if i < len(of)}
-        says = {label: _goes_on(lm, prompts, edit) for label, edit in by.items() if not edit.failed}
+        says = _go_on(lm, prompts, {label: edit for label, edit in by.items() if not edit.failed})
         shown.append(
             {
                 "what": what,
@@ -82,9 +82,11 @@ def edits_of(lm: LM, drawn: Sequence[Case], names: Mapping[str, str], what: str)
     return shown
 
 
-def _goes_on(lm: LM, prompts: Sequence[str], edit: Edit) -> list[str]:
-    texts = criteria.generations(lm, prompts, [edit] * len(prompts), LENGTH, None)
-    return [" ".join(text.split()) for text in texts]
+def _go_on(lm: LM, prompts: Sequence[str], by: Mapping[str, Edit]) -> dict[str, list[str]]:
+    """Return how the model goes on after each prompt under each edit, by the labels of the edits."""
+    edits = [edit for edit in by.values() for _ in prompts]
+    texts = [" ".join(text.split()) for text in criteria.generations(lm, [*prompts] * len(by), edits, LENGTH, None)]
+    return {label: texts[i * len(prompts) : (i + 1) * len(prompts)] for i, label in enumerate(by)}
 
 
 # ------------------------------------------------------------------------------------------------------- doses
