@@ -20,7 +20,7 @@ from knbook import jobs, kernel, runs
 from knbook.checkout import Chapter, Scalar, chapters, check_folder, is_comparison, slug, timing_path
 from knbook.errors import RunError, UsageError, refused
 from knbook.parameters import check_parameters
-from kncore import models, products
+from kncore import models, products, zoo
 from kncore.store.disk import full
 from kncore.store.fingerprint import versions
 from knpaper import stored
@@ -200,10 +200,11 @@ def _times(folder: Path) -> dict[Path, int]:
 
 
 def _check_records(job: Job, made: Sequence[Path]) -> None:
-    """Raise RunError where a run left a record for a model that it did not run on."""
+    """Raise RunError where a run left a record for a model that it did not run on, nor on a training seed of it."""
+    models = {name for model in job.models for name in (model, *zoo.replicas(model))}
     for path in made:
         folder = {path.parts[0], path.parts[0].rpartition("@")[0]}  # with and without the source of its data
-        if job.models and path.suffix == ".json" and not folder & {*job.models}:
+        if models and path.suffix == ".json" and not folder & models:
             raise RunError(
                 f"{job.chapter.path.name} recorded {path.as_posix()}, and the name of its model is "
                 f"{' or '.join(job.models)}: the notebook, or the model's folder, was changed while it ran; nothing "

@@ -85,11 +85,16 @@
     const counts = new Map();
     const items = edit.questions.map((question, i) => {
       const says = edit.says[editor][i];
+      // What was not said before the edit cannot be lost by it, nor be kept.
+      const asked = !["as before", "no longer"].includes(question.due) || begins(edit.says.unedited[i], question.word);
       const right = begins(says, question.word) !== (question.due === "no longer");
-      const [hits, all] = counts.get(question.kind) ?? [0, 0];
-      counts.set(question.kind, [hits + right, all + 1]);
-      const due = make("small", { class: right ? "right" : "wrong" },
-        `${right ? "✓" : "✕"} ${question.due}${question.due === "no longer" ? "" : ":"} ${question.word}`);
+      if (asked) {
+        const [hits, all] = counts.get(question.kind) ?? [0, 0];
+        counts.set(question.kind, [hits + right, all + 1]);
+      }
+      const sign = asked ? (right ? "✓" : "✕") : "·";
+      const text = `${sign} ${question.due}${question.due === "no longer" ? "" : ":"} ${question.word}`;
+      const due = make("small", { class: asked && right ? "right" : "" }, asked ? text : `${text} (not said before either)`);
       return make("li", {},
         make("p", {}, make("small", {}, question.kind), make("br"), make("i", {}, `${question.prompt} …`)),
         make("dl", {}, make("div", {}, make("dt", {}, "unedited"), make("dd", {}, edit.says.unedited[i])),
@@ -124,7 +129,7 @@
         const bar = make("span", { class: "bar" });
         bar.style.width = `${100 * probability}%`;
         return make("div", { class: word === forms[0] ? "answer" : "" }, make("dt", {}, word),
-          make("dd", {}, make("span", { class: "track" }, bar), ` ${number(probability)}`));
+          make("dd", {}, make("span", { class: "track" }, bar), ` ${probability < .001 ? "< .001" : number(probability)}`));
       });
       const before = dose.says[0][i].p;
       const change = forms.map((word, form) => `P(${word}) ${number(before[form])} → ${number(p[form])}`).join("; ");
@@ -132,7 +137,7 @@
         make("dl", {}, ...bars), make("small", {}, change));
     }));
   }
-  const number = p => p < .005 ? p.toPrecision(1) : p.toFixed(2);
+  const number = p => p < .01 ? p.toPrecision(1) : p.toFixed(2);
 
   // ---------------------------------------------------------------------------------------------------- neurons
   function showNeuron(neuron) {
