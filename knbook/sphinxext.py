@@ -154,14 +154,17 @@ class BookTable(SphinxDirective):
 
 
 class Modules(SphinxDirective):
-    """The reference of a package: each of its modules with its public functions and classes."""
+    """The reference of all modules of a package, of those that are named, or of the others: with all that is public."""
 
     required_arguments = 1
+    has_content = True
+    option_spec = {"without": directives.flag}
 
     def run(self) -> list[nodes.Node]:
-        lines = []
-        for name in modules(importlib.import_module(self.arguments[0])):
-            lines += [f"### {name}", "", "```{eval-rst}", f".. automodule:: {name}", "   :members:", "```", ""]
+        package, named, lines = self.arguments[0], " ".join(self.content).split(), []
+        for name in modules(importlib.import_module(package)):
+            if not named or (name.removeprefix(f"{package}.") in named) != ("without" in self.options):
+                lines += [f"### {name}", "", "```{eval-rst}", f".. automodule:: {name}", "   :members:", "```", ""]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
@@ -313,15 +316,16 @@ def svg_size(picture: Path) -> tuple[int, int]:
 class Translator(HTML5Translator):
     """Sphinx's HTML with what it leaves out.
 
-    The size of every SVG picture, so that a browser keeps its place free; the role that entries of a list of
-    references have today; no header cell without a header, no list of definitions without a term, which is how Sphinx
-    parts the lines of a signature.
+    The size of every SVG picture, so that a browser keeps its place free and fetches it when a reader comes near; the
+    role that entries of a list of references have today; no header cell without a header; no list of definitions
+    without a term, which is how Sphinx parts the lines of a signature, and no element around each of its words.
     """
 
     def starttag(self, node: nodes.Node, tagname: str, *args: object, **attributes: object) -> str:
         if tagname == "img" and str(node["uri"]).endswith(".svg"):
             width, height = svg_size(Path(self.builder.srcdir, next(iter(node["candidates"].values()))))
-            attributes = {"width": width, "height": height} | attributes
+            later = {"loading": "lazy"} if self.builder.name == "html" else {}  # and not in the book to print
+            attributes = {"width": width, "height": height} | later | attributes
         if attributes.get("role") == "doc-biblioentry":
             attributes["role"] = "listitem"
         return super().starttag(node, tagname, *args, **attributes)
@@ -330,6 +334,14 @@ class Translator(HTML5Translator):
         text = node.astext().replace("<th></th>", "<td></td>")
         changed = node.get("format") == "html" and text != node.astext()
         super().visit_raw(nodes.raw("", text, **node.attributes) if changed else node)
+
+    def visit_desc_signature(self, node: addnodes.desc_signature) -> None:
+        super().visit_desc_signature(node)
+        self.protect_literal_text -= 1  # a signature may be broken anywhere: book.css
+
+    def depart_desc_signature(self, node: addnodes.desc_signature) -> None:
+        self.protect_literal_text += 1
+        super().depart_desc_signature(node)
 
     def depart_desc_parameterlist(self, node: addnodes.desc_parameterlist) -> None:
         super().depart_desc_parameterlist(node)

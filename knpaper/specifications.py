@@ -62,8 +62,9 @@ def agreement(rows: pd.DataFrame) -> list[dict]:
 def curve(part: pd.DataFrame, claim: Claim) -> dict:
     """Return the specification curve of one claim in pixels: its specifications by value, and below each its choices.
 
-    `intervals`, `points` and `choices` are paths of SVG, by verdict and by choice: each specification begins at its x,
-    and `number` is how many there are.
+    `intervals`, `points` and `choices` are paths of SVG, by verdict and by choice; `number` is how many specifications
+    there are. In the first two each specification begins at its x. A choice has lines through specifications that
+    follow each other, counted from 0, on an axis that is scaled by `step`: most curves have hundreds.
     """
     part = part.sort_values("value", kind="stable").reset_index(drop=True)
     ends = part[["low", "high"]].clip(part.value.quantile(0.01) - 3, part.value.quantile(0.99) + 3)
@@ -88,15 +89,18 @@ def curve(part: pd.DataFrame, claim: Claim) -> dict:
         used = [level for level in levels if (part[factor] == level).any()]
         for level in used if len(used) > 1 else ():
             y += ROW
-            here = part.index[part[factor] == level]
-            choices.append((f"{factor}: {level}", y, "".join(f"M{across(i)} {y - 7}v7" for i in here)))
+            here = part[factor] == level
+            runs = here[here].groupby((~here).cumsum()[here])
+            lines = "".join(f"M{run.index[0]} {y - 4}h{len(run)}" for _, run in runs)
+            choices.append((f"{factor}: {level}", y, lines))
     return {
         "intervals": intervals,
         "points": points,
         "number": len(part),
         "choices": choices,
         "borders": [(down(x), f"{x:g}") for x in borders],
-        "step": f"{max(step * 0.9, 0.6):.2f}",
+        "step": f"{step:.5g}",
+        "thick": f"{max(step * 0.9, 0.6):.2f}",
         "width": WIDTH,
         "left": LEFT,
         "height": y + ROW,

@@ -95,7 +95,17 @@ def test_a_curve_has_its_specifications_by_value_and_its_choices_below():
     # From −1, the lowest end, to 3, the highest: 134 pixels from the eighth one down.
     assert np.allclose(ys, [8 + 134 * (3 - value) / 4 for value in (0, 1, 2)], atol=0.06)
     assert [words for words, *_ in found["choices"]] == ["threshold: 0.2", "threshold: 0.1", "threshold: 0.3"]
-    assert all(path.count("M") == 1 for *_, path in found["choices"])
+    lines = [re.fullmatch(r"M(\d) (\d+)h1", path).groups() for *_, path in found["choices"]]
+    assert [int(first) for first, _ in lines] == [0, 1, 2]
+    assert np.allclose(np.diff([int(y) for _, y in lines]), specifications.ROW)
+
+
+def test_specifications_of_one_choice_that_follow_each_other_are_one_line():
+    five = pd.concat([rows(["supported"])] * 5, ignore_index=True)
+    five["value"], five["seed"] = range(5), [0, 0, 1, 0, 0]
+    lines = {words: path for words, _, path in specifications.curve(five, CLAIM)["choices"]}
+    y = specifications.PLOT + specifications.ROW - 4
+    assert lines == {"seed: 0": f"M0 {y}h2M3 {y}h2", "seed: 1": f"M2 {y + specifications.ROW}h1"}
 
 
 def test_the_page_shows_counts_and_curves_and_says_where_there_are_none(tmp_path):
