@@ -1,8 +1,9 @@
 """Sphinx extension of the book, so that plain `jupyter-book build .` makes the whole site from the stored notebooks.
 
 It adds the runs on other models to the contents, roles for the numbers of records (`value`, `share`, `effect`,
-`verdict`), the directives `book-table` and `modules`, interactive figures and the figures of other models below those
-of a chapter, and to each page where it comes from and how to cite it. Files to download are written beside the pages.
+`verdict`), the directives `book-table`, `modules` and `figures`, interactive figures and the figures of other models
+below those of a chapter, and to each page where it comes from and how to cite it. Files to download are written beside
+the pages.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from xml.etree import ElementTree
 import yaml
 from docutils import nodes
 from docutils.parsers.rst import directives
+from docutils.utils import new_document
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
@@ -174,8 +176,33 @@ def modules(package: ModuleType) -> list[str]:
     return sorted(module.name for module in found if not module.name.rpartition(".")[2].startswith("_"))
 
 
+class figure_list(nodes.Element):  # noqa: N801 (nodes are named so)
+    """The place of the list of all figures, which is known when all pages are read."""
+
+
+class Figures(SphinxDirective):
+    """A list of the figures of all pages but those of runs on other models, which have the same ones."""
+
+    def run(self) -> list[nodes.Node]:
+        return [figure_list()]
+
+
 def _html(text: str) -> nodes.raw:
     return nodes.raw("", text, format="html")
+
+
+class NameFigures(SphinxTransform):
+    """Name each figure that has no name by the first words of its caption, so that a link to it lasts."""
+
+    default_priority = 200  # before Sphinx names them by numbers
+
+    def apply(self, **_: object) -> None:
+        for caption in self.document.findall(nodes.caption):
+            figure = caption.parent
+            if isinstance(figure, nodes.figure) and not figure["ids"]:
+                words = " ".join(["fig", *caption.astext().split()[:6]])
+                figure["names"].append(nodes.fully_normalize_name(words))
+                self.document.note_implicit_target(figure, figure)
 
 
 class RunPage(SphinxTransform):
@@ -254,6 +281,33 @@ def add_figures(app: Sphinx, document: nodes.document, page: str) -> None:
         if tabs := [*_tabs(app, page, cell, pictures)]:
             after.append(_html(pages.fill("beside.html", tabs=tabs, name=f"beside-{cell['cell_index']}")))
         cell.parent[cell.parent.index(cell) + 1 : cell.parent.index(cell) + 1] = after
+
+
+def list_figures(app: Sphinx, document: nodes.document, page: str) -> None:
+    """Put the list of all figures in its place: by page, each with its number and the first sentence of its caption."""
+    for place in list(document.findall(figure_list)):
+        by_page = nodes.definition_list(classes=["figures"])
+        for name in pages_of(contents(Path(app.srcdir))):
+            address = app.builder.get_relative_uri(page, name)
+            captions = app.env.get_doctree(name).findall(nodes.caption)
+            if items := [_listed(app, address, name, c) for c in captions if isinstance(c.parent, nodes.figure)]:
+                link = nodes.reference("", app.env.titles[name].astext(), internal=True, refuri=address)
+                figures = nodes.definition("", nodes.bullet_list("", *items))
+                by_page += nodes.definition_list_item("", nodes.term("", "", link), figures)
+        place.replace_self(by_page)
+
+
+def _listed(app: Sphinx, address: str, page: str, caption: nodes.caption) -> nodes.list_item:
+    """Return an item for the figure that a caption is of; what the caption refers to is put in first."""
+    figure = caption.parent["ids"][0]
+    own = new_document(page)
+    own += caption.deepcopy()
+    if any(own.findall(addnodes.pending_xref)):
+        app.env.resolve_references(own, page, app.builder)
+    sentence = re.split(r"(?<=[.?!])\s", own.astext(), maxsplit=1)[0]
+    number = ".".join(map(str, app.env.toc_fignumbers[page]["figure"][figure]))
+    link = nodes.reference("", app.config.numfig_format["figure"] % number, internal=True, refuri=f"{address}#{figure}")
+    return nodes.list_item("", nodes.paragraph("", "", link, nodes.Text(f" {sentence}")))
 
 
 def specifications(path: Path) -> list[tuple[int, int, looking.Spec]]:
@@ -406,10 +460,13 @@ def setup(app: Sphinx) -> dict:
         app.add_role(form, RecordRole())
     app.add_directive("book-table", BookTable)
     app.add_directive("modules", Modules)
+    app.add_directive("figures", Figures)
+    app.add_transform(NameFigures)
     app.add_transform(RunPage)
     app.connect("doctree-read", add_footer, priority=400)  # before the headings of a page are collected
     app.connect("env-updated", write_terms)
     app.connect("doctree-resolved", add_figures)
+    app.connect("doctree-resolved", list_figures)
     app.connect("html-page-context", name_toggles, priority=900)  # after the theme
     app.connect("build-finished", write_downloads)
     app.connect("autodoc-skip-member", skip_member)

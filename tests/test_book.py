@@ -180,6 +180,24 @@ def test_no_page_is_larger_than_it_should_be(pages, later, limit):
     assert not {name: n for name, n in sizes.items() if n > limit}
 
 
+def test_every_figure_is_listed_once_and_its_number_leads_to_it(pages):
+    path = HTML / "book" / "figures.html"
+    listed = {}
+    for link in pages[path].select("dl.figures li a"):
+        address, fragment = urldefrag(link["href"])
+        place = (path.parent / address).resolve(), fragment
+        assert place not in listed, f"{place} is listed twice"
+        listed[place] = " ".join(link.find_parent("li").get_text().split())
+    own = [HTML / f"{name}.html" for name in contents()]
+    figures = {
+        (page, figure["id"]): figure.figcaption for page in own for figure in pages[page].select("article figure")
+    }
+    assert {page for page, _ in figures} > {HTML / "notebooks" / f"{c.path.stem}.html" for c in checkout.chapters(ROOT)}
+    assert listed.keys() == figures.keys()
+    for place, caption in figures.items():
+        assert " ".join(caption.get_text().split()).startswith(listed[place]) and place[1].startswith("fig-"), place
+
+
 def looked_into(page: BeautifulSoup) -> list[tuple[str, dict]]:
     """The interactive figures of a page: what each is of, and its specification."""
     return [(place["data-look"], json.loads(place.find("script").string)) for place in page.select("div.look")]

@@ -35,6 +35,7 @@ CONFIG = {
     "myst_enable_extensions": ["attrs_inline", "colon_fence", "deflist", "dollarmath", "html_image"],
     "nb_execution_mode": "off",
     "nitpicky": True,
+    "numfig": True,
     "suppress_warnings": ["mystnb.unknown_mime_type"],
 }
 TOC = "format: jb-book\nroot: book/index\nparts: [{chapters: [{file: notebooks/01-toy}, {file: notebooks/02-toy}]}]\n"
@@ -61,6 +62,9 @@ neuron
 ```
 
 ```{bibliography}
+```
+
+```{figures}
 ```
 """
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="{}pt" height="6.0pt" viewBox="0 0 1 1"></svg>'
@@ -197,6 +201,14 @@ def test_a_figure_has_that_of_every_other_model_below_it(site):
         assert links == ["../book/runs/b--c/01-toy.html", "../book/runs/my%20model%20%281%29/01-toy.html"]
     assert len({tag["id"] for tag in chapter.find_all(id=True)}) == len(chapter.find_all(id=True))
     assert not page(site, RUN).select("details.beside")
+
+
+def test_figures_are_listed_by_number_with_anchors_made_of_their_captions(site):
+    items = page(site, "book/index").select("dl.figures li")
+    assert [(item.get_text(), item.a["href"]) for item in items] == [
+        ("Fig. 1 First.", "../notebooks/01-toy.html#fig-first"),
+        ("Fig. 2 Second.", "../notebooks/01-toy.html#fig-second"),
+    ]
 
 
 def test_the_picture_stays_and_the_specification_stands_below_its_cell(site):
