@@ -245,6 +245,15 @@ def add_footer(app: Sphinx, document: nodes.document) -> None:
     end += _html(pages.fill("cite.html", entries=list(entries), highlight=highlight))
 
 
+def name_model(app: Sphinx, document: nodes.document, page: str) -> None:
+    """Let the heading of a run on another model name the model, and its title, which a search and a browser show."""
+    folder, name = posixpath.split(page)
+    heading = next(iter(document.findall(nodes.title)), None)
+    if folder.startswith(f"{RUNS}/") and name != "index" and heading is not None:
+        heading += nodes.inline("", f" · {posixpath.basename(folder)}", classes=["model"])
+        app.env.longtitles[page] = nodes.title("", heading.astext())
+
+
 def write_terms(app: Sphinx, env: BuildEnvironment) -> None:
     """Write the definitions of the glossary as a script, by the anchor of each term, for hints at links to them."""
     terms = {}
@@ -467,6 +476,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("env-updated", write_terms)
     app.connect("doctree-resolved", add_figures)
     app.connect("doctree-resolved", list_figures)
+    app.connect("doctree-resolved", name_model)
     app.connect("html-page-context", name_toggles, priority=900)  # after the theme
     app.connect("build-finished", write_downloads)
     app.connect("autodoc-skip-member", skip_member)

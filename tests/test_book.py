@@ -198,6 +198,20 @@ def test_every_figure_is_listed_once_and_its_number_leads_to_it(pages):
         assert " ".join(caption.get_text().split()).startswith(listed[place]) and place[1].startswith("fig-"), place
 
 
+def test_titles_of_runs_on_other_models_name_the_model_in_a_search_and_in_a_browser(pages):
+    script = (HTML / "searchindex.js").read_text("utf-8")
+    index = json.loads(script.removeprefix("Search.setIndex(").removesuffix(")"))
+    titles = dict(zip(index["docnames"], index["titles"], strict=True))
+    assert len(set(titles.values())) == len(titles)
+    runs = [name for name in titles if name.startswith("book/runs/") and not name.endswith("/index")]
+    assert runs
+    for name in runs:
+        _, _, model, chapter = name.split("/")
+        assert titles[name] == f"{titles[f'notebooks/{chapter}']} · {model}"
+        assert pages[HTML / f"{name}.html"].title.get_text().startswith(titles[name])
+        assert index["alltitles"][titles[name]] == [[index["docnames"].index(name), None]], "found twice"
+
+
 def looked_into(page: BeautifulSoup) -> list[tuple[str, dict]]:
     """The interactive figures of a page: what each is of, and its specification."""
     return [(place["data-look"], json.loads(place.find("script").string)) for place in page.select("div.look")]

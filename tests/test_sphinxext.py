@@ -211,6 +211,17 @@ def test_figures_are_listed_by_number_with_anchors_made_of_their_captions(site):
     ]
 
 
+def test_the_title_of_a_run_names_its_model_and_the_contents_do_not(site):
+    for name, title in (
+        (BLANKS, "1 · Toy · my model (1)"),
+        ("notebooks/01-toy", "1 · Toy"),
+        ("book/runs/my model (1)/index", "my model (1)"),
+    ):
+        shown = page(site, name)
+        assert shown.h1.get_text().removesuffix("¶") == title and shown.title.get_text().startswith(f"{title} — ")
+    assert "Toy · my model" not in (site / "llms.txt").read_text(encoding="utf-8")
+
+
 def test_the_picture_stays_and_the_specification_stands_below_its_cell(site):
     for name, model, others in (("notebooks/01-toy", "tiny", ["b--c", "my model (1)"]), (RUN, "b--c", [])):
         looks = page(site, name).select("div.look")
