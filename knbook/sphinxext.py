@@ -431,10 +431,17 @@ def write_downloads(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.name == "html":
         provenance.write_downloads(app.book, app.book_info, Path(app.outdir))
         write(Path(app.outdir) / "llms.txt", list_of_pages(app))
-        # A script, and not JSON, since pages that are opened from disk may read no other files.
-        if record := pages.recorded(app.book)["record"]:
-            text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-            write(Path(app.outdir) / "_static" / "playground-data.js", f"const PLAYGROUND = {text};\n")
+        write_playground(app)
+
+
+def write_playground(app: Sphinx) -> None:
+    """Write the record of the playground as scripts: pages that are opened from disk may read no other files."""
+    if record := pages.recorded(app.book)["record"]:
+        doses = {"doses": record.pop("doses")}
+        for name, head, some in (("data", "const PLAYGROUND = {};\n", record), ("doses", "", doses)):
+            data = json.dumps(some, ensure_ascii=False, separators=(",", ":"))
+            target = Path(app.outdir) / "_static" / f"playground-{name}.js"
+            write(target, f"{head}Object.assign(PLAYGROUND, {data});\n")
 
 
 def list_of_pages(app: Sphinx) -> str:

@@ -475,6 +475,8 @@ def test_the_playground_answers_to_the_keyboard(page, recorded):
 def test_the_playground_suppresses_as_many_neurons_as_the_slider_says(page, recorded):
     page.goto("/book/playground.html")
     doses, dose = page.locator(".playground[data-part=doses]"), recorded["doses"][0]
+    doses.scroll_into_view_if_needed()
+    expect(doses.locator("option")).to_have_count(len(recorded["doses"]))
     doses.locator("input").focus()
     page.keyboard.press("End")
     expect(doses.locator("output")).to_have_text(f"{dose['sizes'][-1]} neurons suppressed")

@@ -1,10 +1,12 @@
-/* The playground: recorded answers (PLAYGROUND, of playground-data.js) for what a reader chooses.
+/* The playground: recorded answers (PLAYGROUND, of playground-data.js) for what a reader chooses. The doses, half of it,
+   are loaded when a reader comes near them.
 
    Three parts, each a form and a place for what is shown. What is chosen stands in the address, as in #edit=Canada, so
    that it can be linked to. No text of the data is read as HTML. */
 (() => {
   "use strict";
-  const { edits, doses, neurons } = PLAYGROUND;
+  const { edits, neurons } = PLAYGROUND;
+  const source = new URL("playground-doses.js", document.currentScript.src);
   const part = name => document.querySelector(`.playground[data-part="${name}"]`);
   const make = (tag, attributes = {}, ...children) => {
     const element = document.createElement(tag);
@@ -26,7 +28,7 @@
     dose: item => `${item.task}: ${item.name}`,
     neuron: item => item.neuron,
   };
-  const lists = { edit: edits, dose: doses, neuron: neurons };
+  const lists = { edit: edits, dose: [], neuron: neurons };
   const selects = {};
   const shows = {};
 
@@ -43,8 +45,9 @@
     anchor.addEventListener("click", event => { event.preventDefault(); follow(anchor.hash, true); });
     return anchor;
   };
-  function follow(hash, focus = false) {
+  async function follow(hash, focus = false) {
     const [kind, name] = decodeURIComponent(hash.slice(1)).split(/=(.*)/s);
+    if (kind === "dose") await loadDoses();
     const index = lists[kind]?.findIndex(item => nameOf[kind](item) === name) ?? -1;
     if (index < 0) return;
     history.replaceState(null, "", hash);
@@ -145,10 +148,8 @@
     const words = list => list.join(", ");
     const active = neuron.active.map(([before, token, activation]) =>
       make("li", {}, `… ${before} `, make("mark", {}, token), ` (${activation.toPrecision(2)})`));
-    const found = neuron.found.map(([name, rank]) => {
-      const known = doses.some(item => nameOf.dose(item) === name);
-      return make("li", {}, known ? link("dose", name, name) : name, rank ? ` (its number ${rank})` : "");
-    });
+    const found = neuron.found.map(([name, rank]) =>
+      make("li", {}, link("dose", name, name), rank ? ` (its number ${rank})` : ""));
     box.querySelector("dl").replaceChildren(
       make("dt", {}, "Raises"), make("dd", {}, words(neuron.raises)),
       make("dt", {}, "Lowers"), make("dd", {}, words(neuron.lowers)),
@@ -158,9 +159,24 @@
   }
 
   start("edit", "edits", grouped(edits, item => item.what, item => `${item.subject}: ${item.old} → ${item.new}`), showEdit);
-  start("dose", "doses", grouped(doses, item => item.task, item => item.name), showDose);
   start("neuron", "neurons", grouped(neurons, item => `block ${item.neuron.split("·")[0]}`,
     item => `${item.neuron}, found for ${item.found.length}`), showNeuron);
+  const box = part("doses");
+  let loading;
+  const loadDoses = () => loading ??= new Promise((done, failed) => {
+    const script = make("script", { src: source });
+    script.onload = () => {
+      lists.dose = PLAYGROUND.doses;
+      start("dose", "doses", grouped(lists.dose, item => item.task, item => item.name), showDose);
+      done();
+    };
+    script.onerror = () => failed(new Error(`${source} could not be loaded`));
+    document.head.append(script);
+  });
+  new IntersectionObserver(([entry], observer) => {
+    if (entry.isIntersecting) { observer.disconnect(); loadDoses(); }
+  }, { rootMargin: "300px" }).observe(box);
+  box.addEventListener("focusin", loadDoses);
   addEventListener("hashchange", () => follow(location.hash, true));
   if (location.hash) follow(location.hash, true);
 })();
