@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL, help="a causal model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="which facts, new answers and sentences are drawn")
     chosen = parser.parse_args()
-    text = json.dumps(record(chosen.model, chosen.seed), ensure_ascii=False, indent=0, separators=(",", ":"))
+    text = json.dumps(record(chosen.model, chosen.seed), ensure_ascii=False, separators=(",", ":"))
     disk.write(chosen.out, text + "\n")
 
 
