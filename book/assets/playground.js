@@ -53,7 +53,7 @@
     history.replaceState(null, "", hash);
     choose(kind, index, focus);
   }
-  function start(kind, name, options, show) {
+  function start(kind, name, options, show, first = 0) {
     const select = selects[kind] = part(name).querySelector("select");
     select.append(...options);
     shows[kind] = show;
@@ -61,11 +61,24 @@
       history.replaceState(null, "", `#${kind}=${encodeURIComponent(nameOf[kind](lists[kind][select.value]))}`);
       show(lists[kind][select.value]);
     });
-    choose(kind, 0);
+    choose(kind, first);
   }
 
   // ------------------------------------------------------------------------------------------------------ edits
-  const begins = (text, word) => text.startsWith(word) && !/^\p{L}/u.test(text.slice(word.length));
+  const letter = /\p{L}/u;
+  // Whether the first sentence has the word, as a whole word.
+  const says = (text, word) => {
+    const sentence = text.split(/[.!?;]/, 1)[0];
+    const at = sentence.indexOf(word);
+    return at >= 0 && !letter.test(sentence[at - 1] ?? " ") && !letter.test(sentence[at + word.length] ?? " ");
+  };
+  const repeats = text => text.split(" ").length > 5 && new Set(text.split(" ")).size < 3;
+  // Why an answer is not counted, if it is not: what was not said before an edit cannot be lost by it, nor be kept.
+  function left(question, before, after) {
+    if (repeats(after)) return "the model repeats itself";
+    const kept = ["as before", "no longer"].includes(question.due);
+    return kept && !says(before, question.word) ? `the unedited model does not say ${question.word}` : "";
+  }
   function showEdit(edit) {
     const box = part("edits");
     const radios = box.querySelector(".choices");
@@ -87,21 +100,18 @@
     const box = part("edits");
     const counts = new Map();
     const items = edit.questions.map((question, i) => {
-      const says = edit.says[editor][i];
-      // What was not said before the edit cannot be lost by it, nor be kept.
-      const asked = !["as before", "no longer"].includes(question.due) || begins(edit.says.unedited[i], question.word);
-      const right = begins(says, question.word) !== (question.due === "no longer");
-      if (asked) {
-        const [hits, all] = counts.get(question.kind) ?? [0, 0];
-        counts.set(question.kind, [hits + right, all + 1]);
-      }
-      const sign = asked ? (right ? "✓" : "✕") : "·";
-      const text = `${sign} ${question.due}${question.due === "no longer" ? "" : ":"} ${question.word}`;
-      const due = make("small", { class: asked && right ? "right" : "" }, asked ? text : `${text} (not said before either)`);
+      const [before, after] = [edit.says.unedited[i], edit.says[editor][i]];
+      const why = left(question, before, after);
+      const right = says(after, question.word) !== (question.due === "no longer");
+      const [hits, all] = counts.get(question.kind) ?? [0, 0];
+      if (!why) counts.set(question.kind, [hits + right, all + 1]);
+      const due = `${question.due}${question.due === "no longer" ? "" : ":"} ${question.word}`;
+      const mark = make("small", { class: right && !why ? "right" : "" },
+        why ? `· not counted: ${why}` : `${right ? "✓" : "✕"} ${due}`);
       return make("li", {},
         make("p", {}, make("small", {}, question.kind), make("br"), make("i", {}, `${question.prompt} …`)),
-        make("dl", {}, make("div", {}, make("dt", {}, "unedited"), make("dd", {}, edit.says.unedited[i])),
-          make("div", {}, make("dt", {}, editor), make("dd", {}, says, make("br"), due))));
+        make("dl", {}, make("div", {}, make("dt", {}, "unedited"), make("dd", {}, before)),
+          make("div", {}, make("dt", {}, editor), make("dd", {}, after, make("br"), mark))));
     });
     box.querySelector("ol").replaceChildren(...items);
     box.querySelector("[role=status]").textContent = `${editor}, as it should be: ` +
@@ -127,20 +137,26 @@
     box.querySelector("output").textContent = text;
     box.querySelector("ol").replaceChildren(...dose.prompts.map(({ what, prompt, forms }, i) => {
       const { p, words } = dose.says[at][i];
-      const shown = [...words, ...forms.map((word, form) => [word, p[form]]).filter(([word]) => !words.some(([other]) => other === word))];
-      const bars = shown.map(([word, probability]) => {
-        const bar = make("span", { class: "bar" });
-        bar.style.width = `${100 * probability}%`;
-        return make("div", { class: word === forms[0] ? "answer" : "" }, make("dt", {}, word),
-          make("dd", {}, make("span", { class: "track" }, bar), ` ${probability < .001 ? "< .001" : number(probability)}`));
-      });
       const before = dose.says[0][i].p;
-      const change = forms.map((word, form) => `P(${word}) ${number(before[form])} → ${number(p[form])}`).join("; ");
+      const bars = words.map(([word, probability]) => bar(
+        word !== forms[0] && forms[0].startsWith(word) && probability === p[0] ? `${word}… (${forms[0]})` : word, probability,
+        forms[0].startsWith(word) && probability === p[0]));
+      if (forms.length > 1) bars.push(bar(`${forms[0]}, not ${forms[1]}`, p[0] / (p[0] + p[1]), true));
+      else if (!bars.some(one => one.className)) bars.push(bar(forms[0], p[0], true));
+      const odds = ([right, wrong]) => Math.log(right / wrong).toFixed(1);
+      const change = forms.length > 1 ? `log-odds of ${forms[0]} against ${forms[1]}: ${odds(before)} → ${odds(p)}`
+        : `P(${forms[0]}): ${number(before[0])} → ${number(p[0])}`;
       return make("li", {}, make("p", {}, make("small", {}, what), make("br"), make("i", {}, `${prompt} …`)),
         make("dl", {}, ...bars), make("small", {}, change));
     }));
   }
-  const number = p => p < .01 ? p.toPrecision(1) : p.toFixed(2);
+  const number = p => p < .001 ? "< .001" : p < .01 ? p.toFixed(3) : p.toFixed(2);
+  function bar(label, p, isAnswer) {
+    const drawn = make("span", { class: "bar" });
+    drawn.style.width = `${100 * p}%`;
+    return make("div", isAnswer ? { class: "answer" } : {}, make("dt", {}, label),
+      make("dd", {}, make("span", { class: "track" }, drawn), ` ${number(p)}`));
+  }
 
   // ---------------------------------------------------------------------------------------------------- neurons
   function showNeuron(neuron) {
@@ -149,16 +165,19 @@
     const active = neuron.active.map(([before, token, activation]) =>
       make("li", {}, `… ${before} `, make("mark", {}, token), ` (${activation.toPrecision(2)})`));
     const found = neuron.found.map(([name, rank]) =>
-      make("li", {}, link("dose", name, name), rank ? ` (its number ${rank})` : ""));
+      make("li", {}, link("dose", name, name), ` (${rank ? `rank ${rank}` : "rank above 100"})`));
     box.querySelector("dl").replaceChildren(
-      make("dt", {}, "Raises"), make("dd", {}, words(neuron.raises)),
-      make("dt", {}, "Lowers"), make("dd", {}, words(neuron.lowers)),
-      make("dt", {}, "Most active in prose"), make("dd", {}, make("ul", {}, ...active)),
-      make("dt", {}, `Found for ${neuron.found.length}`), make("dd", {}, make("ul", {}, ...found)));
-    box.querySelector("[role=status]").textContent = `Neuron ${neuron.neuron}`;
+      make("dt", {}, "Raised where the activation is positive, lowered where it is negative"), make("dd", {}, words(neuron.raises)),
+      make("dt", {}, "Lowered where it is positive, raised where it is negative"), make("dd", {}, words(neuron.lowers)),
+      make("dt", {}, "Largest activations in prose, of either sign"), make("dd", {}, make("ul", {}, ...active)),
+      make("dt", {}, "Found for, with its rank by mean attribution"), make("dd", {}, make("ul", {}, ...found)));
+    box.querySelector("[role=status]").textContent =
+      `Neuron ${neuron.neuron}, found by the search for ${neuron.found.length} facts or conditions`;
   }
 
-  start("edit", "edits", grouped(edits, item => item.what, item => `${item.subject}: ${item.old} → ${item.new}`), showEdit);
+  start("edit", "edits", grouped(edits, item => item.what, item => `${item.subject}: ${item.old} → ${item.new}`), showEdit,
+    Math.max(0, edits.findIndex(edit => edit.questions.every((question, i) =>
+      !left(question, edit.says.unedited[i], edit.says.ROME?.[i] ?? "") && says(edit.says.unedited[0], edit.old)))));
   start("neuron", "neurons", grouped(neurons, item => `block ${item.neuron.split("·")[0]}`,
     item => `${item.neuron}, found for ${item.found.length}`), showNeuron);
   const box = part("doses");
@@ -167,7 +186,7 @@
     const script = make("script", { src: source });
     script.onload = () => {
       lists.dose = PLAYGROUND.doses;
-      start("dose", "doses", grouped(lists.dose, item => item.task, item => item.name), showDose);
+      start("dose", "doses", grouped(lists.dose, item => item.task, nameOf.dose), showDose);
       done();
     };
     script.onerror = () => failed(new Error(`${source} could not be loaded`));
