@@ -141,7 +141,7 @@
       const bars = words.map(([word, probability]) => bar(
         word !== forms[0] && forms[0].startsWith(word) && probability === p[0] ? `${word}… (${forms[0]})` : word, probability,
         forms[0].startsWith(word) && probability === p[0]));
-      if (forms.length > 1) bars.push(bar(`${forms[0]}, not ${forms[1]}`, p[0] / (p[0] + p[1]), true));
+      if (forms.length > 1) bars.push(bar("right form", p[0] / (p[0] + p[1]), true));
       else if (!bars.some(one => one.className)) bars.push(bar(forms[0], p[0], true));
       const odds = ([right, wrong]) => Math.log(right / wrong).toFixed(1);
       const change = forms.length > 1 ? `log-odds of ${forms[0]} against ${forms[1]}: ${odds(before)} → ${odds(p)}`
