@@ -229,8 +229,11 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL, help="a causal model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="which facts, new answers and sentences are drawn")
     chosen = parser.parse_args()
-    text = json.dumps(record(chosen.model, chosen.seed), ensure_ascii=False, separators=(",", ":"))
-    disk.write(chosen.out, text + "\n")
+    try:
+        made = record(chosen.model, chosen.seed)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"playground: {error}\n")
+    disk.write(chosen.out, json.dumps(made, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":
