@@ -200,8 +200,11 @@ def _times(folder: Path) -> dict[Path, int]:
 
 
 def _check_records(job: Job, made: Sequence[Path]) -> None:
-    """Raise RunError where a run left a record for a model that it did not run on, nor on a training seed of it."""
-    models = {name for model in job.models for name in (model, *zoo.replicas(model))}
+    """Raise RunError where a run left a record for a model that it did not run on; one that compares models
+    may speak of their training seeds as well."""
+    models = {*job.models}
+    if is_comparison(job.chapter):
+        models |= {seed for model in job.models for seed in zoo.replicas(model)}
     for path in made:
         folder = {path.parts[0], path.parts[0].rpartition("@")[0]}  # with and without the source of its data
         if models and path.suffix == ".json" and not folder & models:

@@ -473,6 +473,36 @@ def test_the_playground_answers_to_the_keyboard(page, recorded):
             expect(edits.locator("[role=status]")).to_contain_text(f"{editor}, as it should be: ")
 
 
+def mark(question: dict, before: str, after: str) -> str:
+    """The sign below an answer, from the words of the page: by the first sentence, of what the model said before."""
+    word, due = question["word"], question["due"]
+    has = [
+        bool(re.search(rf"(?<![^\W\d_]){re.escape(word)}(?![^\W\d_])", re.split("[.!?;]", text)[0]))
+        for text in (before, after)
+    ]
+    stuck = len(after.split(" ")) > 5 and len({*after.split(" ")}) < 3
+    if stuck or (due in ("as before", "no longer") and not has[0]):
+        return "·"
+    return "✓" if has[1] != (due == "no longer") else "✕"
+
+
+def test_the_marks_of_the_playground_are_those_of_the_first_sentence(page, recorded):
+    page.goto("/book/playground.html")
+    edits, seen = page.locator(".playground[data-part=edits]"), set()
+    for i, edit in enumerate(recorded["edits"]):
+        edits.locator("select").select_option(str(i))
+        for editor in [name for name in edit["says"] if name != "unedited"]:
+            edits.get_by_label(editor, exact=True).check()
+            signs = [text[0] for text in edits.locator("li dd small").all_inner_texts()]
+            answers = zip(edit["questions"], edit["says"]["unedited"], edit["says"][editor], strict=True)
+            expected = [mark(*answer) for answer in answers]
+            assert signs == expected, (edit["subject"], editor)
+            seen |= {*signs}
+            right = edits.locator("[role=status]").inner_text()
+            assert sum(map(int, re.findall(r"(\d+) of", right))) == expected.count("✓")
+    assert seen == {"✓", "✕", "·"}
+
+
 def test_the_playground_suppresses_as_many_neurons_as_the_slider_says(page, recorded):
     page.goto("/book/playground.html")
     doses, dose = page.locator(".playground[data-part=doses]"), recorded["doses"][0]

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import nbformat
@@ -427,6 +428,20 @@ def test_folders_among_several_models_are_absolute_and_have_names_of_their_own(t
     with pytest.raises(RunError):
         runner.run(toy, parameters={"models": "a/gpt2,gpt2,./b/gpt2"})
     assert seen == [{"models": f"{tmp_path / 'a' / 'gpt2'},gpt2,{tmp_path / 'b' / 'gpt2'}"}]
+
+
+def test_only_a_chapter_that_compares_models_records_their_training_seeds():
+    made = [Path("controlled-gpt2/claim.json"), Path("controlled-gpt2-1/claim.json")]
+
+    def job(**defaults):
+        chapter = types.SimpleNamespace(path=Path("11-toy.ipynb"), defaults=defaults)
+        return types.SimpleNamespace(chapter=chapter, models=("controlled-gpt2",))
+
+    runner._check_records(job(models="controlled-gpt2"), made)
+    with pytest.raises(RunError, match="recorded controlled-gpt2-1/claim.json"):
+        runner._check_records(job(model="controlled-gpt2"), made)
+    with pytest.raises(RunError, match="recorded controlled-llama-1/claim.json"):
+        runner._check_records(job(models="controlled-gpt2"), [Path("controlled-llama-1/claim.json")])
 
 
 @pytest.mark.kind("folder-named-like-a-model", own=True)

@@ -74,7 +74,7 @@
   };
   const repeats = text => text.split(" ").length > 5 && new Set(text.split(" ")).size < 3;
   // Why an answer is not counted, if it is not: what was not said before an edit cannot be lost by it, nor be kept.
-  function left(question, before, after) {
+  function uncounted(question, before, after) {
     if (repeats(after)) return "the model repeats itself";
     const kept = ["as before", "no longer"].includes(question.due);
     return kept && !says(before, question.word) ? `the unedited model does not say ${question.word}` : "";
@@ -101,7 +101,7 @@
     const counts = new Map();
     const items = edit.questions.map((question, i) => {
       const [before, after] = [edit.says.unedited[i], edit.says[editor][i]];
-      const why = left(question, before, after);
+      const why = uncounted(question, before, after);
       const right = says(after, question.word) !== (question.due === "no longer");
       const [hits, all] = counts.get(question.kind) ?? [0, 0];
       if (!why) counts.set(question.kind, [hits + right, all + 1]);
@@ -177,7 +177,7 @@
 
   start("edit", "edits", grouped(edits, item => item.what, item => `${item.subject}: ${item.old} → ${item.new}`), showEdit,
     Math.max(0, edits.findIndex(edit => edit.questions.every((question, i) =>
-      !left(question, edit.says.unedited[i], edit.says.ROME?.[i] ?? "") && says(edit.says.unedited[0], edit.old)))));
+      !uncounted(question, edit.says.unedited[i], edit.says.ROME?.[i] ?? "") && says(edit.says.unedited[0], edit.old)))));
   start("neuron", "neurons", grouped(neurons, item => `block ${item.neuron.split("·")[0]}`,
     item => `${item.neuron}, found for ${item.found.length}`), showNeuron);
   const box = part("doses");
